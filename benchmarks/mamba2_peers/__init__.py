@@ -1,0 +1,1 @@
+"""The programs that `benchmarks/mamba2.py` measures: one module a peer, each with `build(spec)`."""

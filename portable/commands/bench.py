@@ -1,0 +1,154 @@
+"""`portable bench`: what ops and models cost on this machine."""
+
+import argparse
+import json
+
+from portable import selection
+from portable.checks import PortableError
+from portable.commands._report import show
+
+EXAMPLES = """examples:
+  portable bench                            # every op at published sizes, every XLA form
+  portable bench ssd --case mamba2-130m --implementation xla_scan --implementation xla_chunks
+  portable bench mamba2                     # prefill, decode and training of mamba2-130m, random weights
+  portable bench mamba2 --quick             # a few seconds: two layers, short inputs
+  portable bench mamba2 --size 370m --dtype bfloat16 --batch 8
+  portable bench mamba2 --model FOLDER --json
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "what", nargs="*", help="ops of portable.ops or models of portable.models; without it, all ops"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small inputs and few samples: does it run, and roughly"
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="runs of each program at least; 5 unless given"
+    )
+    parser.add_argument(
+        "--case", action="append", default=[], help="of an op: example arguments by name (repeatable)"
+    )
+    parser.add_argument(
+        "--implementation",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of an op: time only this (repeatable)",
+    )
+    parser.add_argument("--size", help="of a model: a published size; the smallest unless given")
+    parser.add_argument("--model", metavar="FOLDER", help="of a model: weights from a folder or the hub")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of a model: float32 on CPU, else bfloat16"
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="of a model: sequences at once; 1 unless given"
+    )
+    parser.add_argument(
+        "--prompt", type=int, metavar="N", help="of a model: tokens to read; 512 unless given"
+    )
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="of a model: tokens to write; 64 unless given"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, every sample included")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Times what was asked for and prints a table each."""
+    from portable.models import MODELS
+
+    for name in ("samples", "batch", "prompt", "tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise PortableError(f"bench: --{name} must be at least 1; got {getattr(args, name)}.")
+    what = args.what or list(selection.ops())
+    if unknown := [name for name in what if name not in MODELS and name not in selection.ops()]:
+        raise PortableError(
+            f"bench: there is no op or model called {unknown[0]!r}; ops: {', '.join(selection.ops())}; "
+            f"models: {', '.join(MODELS)}."
+        )
+    _check_applies(
+        args, [name for name in what if name in MODELS], [name for name in what if name not in MODELS]
+    )
+    tables = [_model(name, args) if name in MODELS else _op(name, args) for name in what]
+    if args.json:
+        machine = {row[0]: row[1] for row in selection.info().rows}
+        print(
+            json.dumps({"machine": machine, "results": {title: rows for title, rows, _ in tables}}, indent=2)
+        )
+    else:
+        for title, rows, columns in tables:
+            show([_report(title, rows, columns)], as_json=False)
+    return 0
+
+
+def _check_applies(args: argparse.Namespace, models: list[str], ops: list[str]) -> None:
+    of_models = [
+        name
+        for name in ("size", "model", "dtype", "batch", "prompt", "tokens")
+        if getattr(args, name) is not None
+    ]
+    of_ops = [name for name in ("case", "implementation") if getattr(args, name)]
+    if of_models and not models:
+        raise PortableError(f"bench: --{of_models[0]} belongs to a model; name one: portable bench mamba2.")
+    if of_ops and len(ops) != 1:
+        raise PortableError(
+            f"bench: --{of_ops[0]} belongs to one op; name it: portable bench ssd --{of_ops[0]} NAME."
+        )
+
+
+def _op(name: str, args: argparse.Namespace) -> tuple[str, list[dict], dict[str, str]]:
+    from portable.commands._benchmark import ops, timing
+
+    samples = args.samples or (2 if args.quick else 5)
+    implementations = ops.names(name, args.implementation)
+    rows = [
+        record
+        for case, make in ops.cases(name, args.case, quick=args.quick).items()
+        for record in ops.records(name, case, make, implementations, samples)
+    ]
+    columns = {
+        "case": "case",
+        "implementation": "implementation",
+        "forward_ms": "forward ms",
+        "forward_backward_ms": "with gradients ms",
+        "temporary_mib": "temporary MiB",
+        "compile_s": "compile s",
+        "note": "",
+    }
+    for row in rows:
+        row["note"] = row.get("why_not") or ("chosen here" if row["automatic"] else "")
+    return f"{name} on {timing.platform()}", rows, columns
+
+
+def _model(name: str, args: argparse.Namespace) -> tuple[str, list[dict], dict[str, str]]:
+    from portable.commands._benchmark import models, timing
+
+    dtype = args.dtype or ("float32" if timing.platform() == "cpu" else "bfloat16")
+    label, model = models.build(name, args.size, args.model, dtype, quick=args.quick)
+    prompt, tokens = args.prompt or (64 if args.quick else 512), args.tokens or (8 if args.quick else 64)
+    samples, batch = args.samples or (2 if args.quick else 5), args.batch or 1
+    rows = list(models.records(model, batch=batch, prompt=prompt, tokens=tokens, samples=samples))
+    columns = {
+        "task": "task",
+        "tokens": "tokens",
+        "ms": "ms",
+        "ms_per_token": "ms a token",
+        "tokens_per_s": "tokens/s",
+        "temporary_mib": "temporary MiB",
+        "compile_s": "compile s",
+    }
+    return f"{label}, {dtype}, batch {batch}, on {timing.platform()}", rows, columns
+
+
+def _report(title: str, rows: list[dict], columns: dict[str, str]) -> selection.Report:
+    cells = (tuple(_text(row.get(key)) for key in columns) for row in rows)
+    return selection.Report(title, (tuple(columns.values()), *cells))
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

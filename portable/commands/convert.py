@@ -1,0 +1,40 @@
+"""`portable convert`: reads a checkpoint in one format and dtype and writes it in another."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = """examples:
+  portable convert state-spaces-folder out                      # as transformers reads it
+  portable convert owner/name out --dtype bf16                  # from the hub, which needs portable-jax[hf]
+  portable convert folder out --to state-spaces                 # as mamba_ssm names its tensors
+"""
+DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("source", metavar="SRC", help="folder of safetensors files, or owner/name on the hub")
+    parser.add_argument("target", metavar="DST", help="folder to write; other files in it stay")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; without it they keep theirs")
+    parser.add_argument(
+        "--to",
+        choices=("transformers", "state-spaces"),
+        help="format to write; without it transformers', if that can hold the model",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts, and says what was written."""
+    from portable import models
+    from portable.checkpoint import Checkpoint
+
+    model = models.load(args.source, dtype=args.dtype and DTYPES[args.dtype])
+    models.save(model, args.target, format=args.to)
+    written = Checkpoint(Path(args.target)).entries
+    kinds = ", ".join(sorted({entry.dtype for entry in written.values()}))
+    files = len({entry.file for entry in written.values()})
+    print(
+        f"{args.target}: config.json and {len(written)} tensors ({kinds}) in {files} file{'s' * (files > 1)}."
+    )
+    return 0

@@ -1,0 +1,181 @@
+"""`portable train`: a language model from text files, resumable with the same command."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from portable.checks import ConfigError
+from portable.training.options import SCHEDULES, TrainOptions
+
+EXAMPLES = """examples:
+  portable train notes.txt --out runs/notes                     # bytes, a small Mamba-2, 1000 steps
+  portable train src --include '*.py' --out runs/code --steps 4000 --hidden-size 256 --layers 8
+  portable train book.txt --init MODEL_FOLDER --out runs/tuned --learning-rate 3e-4
+  portable train corpus --tokenizer tokenizer.json --out runs/bpe --dtype bfloat16 --accumulate 4 --remat full
+  portable train notes.txt --out runs/notes                     # the same command continues a run
+
+Ctrl-C stops with a checkpoint. The folder of a run holds config.json, log.jsonl, loss.png, checkpoints/ and
+at the end model/, for `portable generate`. Text is held out by a hash of its path (a single file: its last
+twentieth) and quality is given in bits per byte of it.
+"""
+
+_SIZES = (
+    ("--hidden-size", 192, "width"),
+    ("--layers", 4, "blocks"),
+    ("--state-size", 64, "of each head"),
+    ("--head-dim", 64, "channels a head"),
+)
+
+_HELP = {
+    "steps": "optimizer steps of the whole run",
+    "batch_size": "windows a step",
+    "length": "tokens a window",
+    "accumulate": "microbatches a step is computed in, to save memory",
+    "learning_rate": "peak of the schedule",
+    "warmup": "steps of linear warm-up (default: a tenth of the steps, at most 100)",
+    "schedule": "decay of the learning rate",
+    "final_fraction": "learning rate at the end, as a fraction of the peak",
+    "weight_decay": "AdamW's, on matrices",
+    "beta1": "AdamW's",
+    "beta2": "AdamW's",
+    "epsilon": "AdamW's",
+    "clip": "bound on the global gradient norm, 0 for none",
+    "seed": "of the weights and of the order of the text",
+    "eval_every": "steps between held-out evaluations, 0 for one at the end",
+    "eval_bytes": "held-out bytes looked at each time",
+    "log_every": "steps between two looks at the losses",
+    "checkpoint_every": "steps between checkpoints",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("text", help="a text file, or a folder whose text files are found recursively")
+    parser.add_argument("--out", required=True, help="folder of the run")
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--include", action="append", default=[], metavar="GLOB", help="only files that match, repeatable"
+    )
+    text.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="no files that match, repeatable"
+    )
+    text.add_argument("--no-held-out", action="store_true", help="train on everything")
+    text.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; default: bytes")
+    model = parser.add_argument_group(
+        "model (default: a new byte-level Mamba-2 of about a million parameters)"
+    )
+    model.add_argument(
+        "--init", metavar="FOLDER", help="start from this model (a folder or a name on the hub)"
+    )
+    for name, default, line in _SIZES:
+        model.add_argument(name, type=int, metavar="N", help=f"{line} (default {default})")
+    model.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation"
+    )
+    model.add_argument(
+        "--remat", default="none", help="what the backward pass recomputes (default %(default)s)"
+    )
+    model.add_argument(
+        "--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the final weights"
+    )
+    training = parser.add_argument_group("training")
+    for field in dataclasses.fields(TrainOptions):
+        default = None if field.name == "warmup" else field.default
+        training.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=type(field.default),
+            default=default,
+            choices=SCHEDULES if field.name == "schedule" else None,
+            metavar=None if field.name == "schedule" else "N" if isinstance(field.default, int) else "X",
+            help=_HELP[field.name] + ("" if default is None else " (default %(default)s)"),
+        )
+    training.add_argument(
+        "--max-minutes", type=float, metavar="X", help="stop with a checkpoint after this time"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show nothing while training")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, or continues a run; returns 0, or 130 when stopped by Ctrl-C."""
+    from portable import training
+    from portable.training.progress import reporter
+
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainOptions)}
+    if values["warmup"] is None:
+        values["warmup"] = min(100, args.steps // 10)
+    options = TrainOptions(**values)
+    tokenizer = training.load_tokenizer(args.tokenizer)
+    text = training.read_text(
+        args.text, include=args.include, exclude=args.exclude, hold_out=not args.no_held_out
+    )
+    model = _model(args, tokenizer)
+    show = reporter(args.quiet)
+    show.note(text.summary())
+    show.note(f"{type(model).__name__} with {_parameters(model):,} parameters, {tokenizer.name}")
+    done = training.fit(
+        model,
+        text,
+        options,
+        args.out,
+        tokenizer=tokenizer,
+        reporter=show,
+        max_minutes=args.max_minutes,
+        save_dtype=args.save_dtype,
+    )
+    folder = Path(args.out)
+    if done.status != "finished":
+        show.note(
+            f"{done.status} after step {done.step} of {options.steps}; the same command continues from there."
+        )
+        return 130 if done.status == "stopped" else 0
+    held = f", held out {done.held_out:.3f} bits per byte" if done.held_out is not None else ""
+    show.note(f"finished{held}; model in {folder / 'model'}, loss curve in {folder / 'loss.png'}")
+    return 0
+
+
+def _model(args: argparse.Namespace, tokenizer):
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from portable import models
+    from portable.models.mamba2 import Mamba2Config, Mamba2LM
+
+    given = {name: getattr(args, name[2:].replace("-", "_")) for name, _, _ in _SIZES}
+    if args.init:
+        if sizes := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"--init brings its own sizes, got {', '.join(sizes)} too: leave them out.")
+        loaded = models.load(args.init, dtype=jnp.float32)
+        config, make = loaded.config, type(loaded)
+        if config.vocab_size < tokenizer.vocab_size:
+            raise ConfigError(
+                f"--init {args.init} knows {config.vocab_size} tokens, but {tokenizer.name} has "
+                f"{tokenizer.vocab_size}: give the model's own --tokenizer."
+            )
+    else:
+        loaded, make = None, Mamba2LM
+        width, layers, state_size, head_dim = (given[name] or default for name, default, _ in _SIZES)
+        config = Mamba2Config(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_heads=2 * width // head_dim,
+            head_dim=head_dim,
+            state_size=state_size,
+            initializer_range=0.02,
+            rescale_prenorm_residual=True,
+            bos_token_id=tokenizer.separator,
+            eos_token_id=tokenizer.separator,
+            pad_token_id=tokenizer.separator,
+        )
+    model = make(config, dtype=jnp.dtype(args.dtype), remat=args.remat, rngs=nnx.Rngs(args.seed))
+    if loaded is not None:
+        nnx.update(model, nnx.state(loaded))
+    return model
+
+
+def _parameters(model) -> int:
+    import jax
+    from flax import nnx
+
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

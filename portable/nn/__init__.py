@@ -1,0 +1,11 @@
+"""Flax NNX layers over `portable.ops`, written for NNX's tree mode: no shared Variables, no mutation in a call."""
+
+from portable.nn.conv import CausalConv1d as CausalConv1d
+from portable.nn.mamba2 import Mamba2 as Mamba2
+from portable.nn.mamba2 import Mamba2State as Mamba2State
+from portable.nn.norm import RMSNorm as RMSNorm
+from portable.nn.padding import align_left as align_left
+from portable.nn.stack import Stack as Stack
+from portable.nn.stack import checkpointed as checkpointed
+from portable.nn.stack import stack as stack
+from portable.nn.stack import unstack as unstack

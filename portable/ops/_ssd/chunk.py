@@ -1,0 +1,170 @@
+"""The mathematics of one chunk, over any leading axes; both XLA forms are built from these functions.
+
+Shapes, with "..." for batch (and chunk) axes, r = heads of a group, s and q = positions in the chunk:
+a [..., g, r, q] log decay; k, q [..., g, q, n]; v [..., g, r, q, p]; states [..., g, r, p, n] in float32.
+Source: Dao and Gu 2024, "Transformers are SSMs", section 6 (block decomposition of the semiseparable matrix).
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from portable.ops._arguments import vary_together
+
+
+class Chunk(NamedTuple):
+    """A chunk's operands, head-major; `counts` [..., q] numbers the segments inside the chunk, or is None."""
+
+    a: jax.Array
+    k: jax.Array
+    v: jax.Array
+    q: jax.Array
+    counts: jax.Array | None
+
+
+class Decay(NamedTuple):
+    """Products of decays inside a chunk, zero across segments.
+
+    within [..., g, r, q, s]: from s to q. into [..., g, r, q]: from the chunk's start to q. out [..., g, r, s]: from s
+    to the chunk's end. whole [..., g, r]: from start to end.
+    """
+
+    within: jax.Array
+    into: jax.Array
+    out: jax.Array
+    whole: jax.Array
+
+
+def decay(a: jax.Array, counts: jax.Array | None) -> Decay:
+    """Returns every product of decays in a chunk, from sums of logs.
+
+    A difference of two cumulative sums loses the digits that both share, and sums of logs reach hundreds. So each log
+    is cut into a multiple of `grid`, whose sums over the chunk are exact, and a rest too small to lose digits. Logs
+    are first clamped to where their exponential is zero, which bounds the sums and changes no product.
+    """
+    size = a.shape[-1]
+    limits = jnp.finfo(a.dtype)
+    floor = math.log(float(limits.smallest_subnormal))
+    grid = 2.0 ** (math.ceil(math.log2(-floor * size)) - limits.nmant - 1)
+    a = jnp.maximum(a, floor)
+    coarse = jax.lax.stop_gradient(jnp.round(a / grid) * grid)
+    large, small = jnp.cumsum(coarse, -1), jnp.cumsum(a - coarse, -1)
+    rows, columns = large[..., :, None], large[..., None, :]
+    logs = jnp.minimum((rows - columns) + (small[..., :, None] - small[..., None, :]), 0)
+    mask = jnp.tril(jnp.ones((size, size), bool))
+    into, out = large + small, (large[..., -1:] - large) + (small[..., -1:] - small)
+    whole = into[..., -1]
+    if counts is not None:
+        seen = counts[..., None, None, :]  # axes for g, r
+        mask = mask & (seen[..., :, None] == seen[..., None, :])
+        into = jnp.where(seen == 0, into, -jnp.inf)
+        out = jnp.where(seen == seen[..., -1:], out, -jnp.inf)
+        whole = jnp.where(seen[..., -1] == 0, whole, -jnp.inf)
+    return Decay(jnp.exp(jnp.where(mask, logs, -jnp.inf)), jnp.exp(into), jnp.exp(jnp.minimum(out, 0)), jnp.exp(whole))
+
+
+def _dot(spec: str, x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
+    """Einsum of operands in the dtype of `like`, accumulated in float32 (float64 in float64)."""
+    wide = jnp.promote_types(jnp.float32, like.dtype)
+    return jnp.einsum(spec, x.astype(like.dtype), y.astype(like.dtype), preferred_element_type=wide)
+
+
+def update(c: Chunk, d: Decay) -> jax.Array:
+    """Returns what the chunk adds to the state at its end, [..., g, r, p, n]."""
+    return _dot("...grsp,...gsn->...grpn", c.v * d.out[..., None], c.k, c.v)
+
+
+def output(c: Chunk, d: Decay, state: jax.Array) -> jax.Array:
+    """Returns the chunk's y [..., g, r, q, p] from its own tokens and the state at its start."""
+    scores = _dot("...gqn,...gsn->...gqs", c.q, c.k, c.v)
+    own = _dot("...grqs,...grsp->...grqp", scores[..., None, :, :] * d.within, c.v, c.v)
+    return own + _dot("...gqn,...grpn->...grqp", c.q, state, c.v) * d.into[..., None]
+
+
+def state_gradient(c: Chunk, d: Decay, dy: jax.Array) -> jax.Array:
+    """Returns the part of the cotangent of the state at the chunk's start that comes through y."""
+    return _dot("...grqp,...gqn->...grpn", dy * d.into[..., None], c.q, c.v)
+
+
+def gradients(c: Chunk, d: Decay, state: jax.Array, dy: jax.Array, dstate: jax.Array):
+    """Returns the cotangents (da, dk, dv, dq) of a chunk, given those of y and of the state at the chunk's end.
+
+    The cotangent of a log decay sums over every pair of positions that it lies between. It is formed as such, with a
+    triangular product, and not as a difference of row and column sums, which would cancel when decays are strong.
+    """
+    scores = _dot("...gqn,...gsn->...gqs", c.q, c.k, c.v)
+    dweights = _dot("...grqp,...grsp->...grqs", dy, c.v, c.v)
+    dscores = dweights * d.within
+    summed = dscores.sum(-3)
+    from_state = _dot("...grqp,...grpn->...grqn", dy * d.into[..., None], state, c.v)
+    into_state = _dot("...grsp,...grpn->...grsn", c.v * d.out[..., None], dstate, c.v)
+    dq = _dot("...gqs,...gsn->...gqn", summed, c.k, c.v) + from_state.sum(-3)
+    dk = _dot("...gqs,...gqn->...gsn", summed, c.q, c.v) + into_state.sum(-3)
+    weights = scores[..., None, :, :] * d.within
+    dv = _dot("...grqs,...grqp->...grsp", weights, dy, c.v)
+    dv = dv + _dot("...gsn,...grpn->...grsp", c.k, dstate, c.v) * d.out[..., None]
+
+    # da[m] = sum over s < m <= q of weights[q, s] * dweights[q, s], then the pairs with the chunk's start and end.
+    upto = jnp.tri(c.a.shape[-1], dtype=d.within.dtype)  # [q, m]: m <= q
+    pairs = jnp.einsum("...grqs,sm->...grqm", scores[..., None, :, :] * dscores, 1 - upto)
+    da = (pairs * upto).sum(-2)
+    through = (from_state * c.q[..., None, :, :]).sum(-1)  # the pairs (start, q)
+    leaving = (into_state * c.k[..., None, :, :]).sum(-1)  # the pairs (s, end)
+    da = da + jnp.einsum("...q,qm->...m", through, upto) + jnp.einsum("...s,sm->...m", leaving, 1 - upto)
+    da = da + (d.whole * (state * dstate).sum((-1, -2)))[..., None]
+    return da, dk, dv, dq
+
+
+def split(size: int, a, k, v, q, boundaries) -> Chunk:
+    """Cuts [b, t, ...] arrays into chunks, head-major: leading axes [b, c]; the last chunk is padded.
+
+    A padded position has decay 1 and adds nothing, so the final state is that of the last real position.
+    """
+    b, t, h, p = v.shape
+    g = k.shape[2]
+    chunks = max(1, math.ceil(t / size))
+
+    def cut(x, *, mode="constant"):
+        pad = [(0, 0), (0, chunks * size - t)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad, mode=mode) if t < chunks * size else x
+        return x.reshape(b, chunks, size, *x.shape[2:])
+
+    counts = None
+    if boundaries is not None:
+        counts = cut(boundaries, mode="edge" if t else "constant")
+        # Relative to the position before the chunk, so that 0 means "the state at the start reaches here".
+        before = jnp.concatenate([jnp.zeros_like(counts[:, :1, -1:]), counts[:, :-1, -1:]], axis=1)
+        counts = counts - before
+    a = cut(a.reshape(b, t, g, h // g)).transpose(0, 1, 3, 4, 2)
+    v = cut(v.reshape(b, t, g, h // g, p)).transpose(0, 1, 3, 4, 2, 5)
+    k, q = (cut(x).transpose(0, 1, 3, 2, 4) for x in (k, q))
+    return Chunk(a, k, v, q, counts)
+
+
+def join_heads(x: jax.Array, t: int) -> jax.Array:
+    """[b, c, g, r, q, ...] -> [b, t, h, ...], the inverse of `split` for a and v."""
+    x = jnp.moveaxis(x, 4, 2)
+    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :t]
+
+
+def join_groups(x: jax.Array, t: int) -> jax.Array:
+    """[b, c, g, q, n] -> [b, t, g, n], the inverse of `split` for k and q."""
+    x = jnp.moveaxis(x, 3, 2)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
+
+
+def grouped(state, v: jax.Array, k: jax.Array) -> jax.Array:
+    """Returns the state at the start as [b, g, r, p, n] in the accumulator's dtype, zeros where there is none."""
+    b, _, h, p = v.shape
+    g, n = k.shape[2:]
+    dtype = jnp.promote_types(jnp.float32, v.dtype)
+    if state is None:
+        return vary_together(v, jnp.zeros((b, g, h // g, p, n), dtype))[1]
+    return state.astype(dtype).reshape(b, g, h // g, p, n)
+
+
+def flat(state: jax.Array) -> jax.Array:
+    """[b, g, r, p, n] -> [b, h, p, n]."""
+    return state.reshape(state.shape[0], -1, *state.shape[3:])

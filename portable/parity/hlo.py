@@ -1,0 +1,110 @@
+"""Reading a compiled program: how many of each operation, which custom calls, which arrays it holds."""
+
+import collections
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\(")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "c64": 64, "c128": 128}
+# These name another instruction's buffer, or are the program's own inputs.
+_NO_BUFFER = {
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "opt-barrier",
+}
+_MEMORY = ("argument", "output", "alias", "temp", "generated_code")
+
+
+class Buffer(NamedTuple):
+    """One array that a program writes to memory."""
+
+    bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    opcode: str
+    name: str
+
+
+def text(compiled: jax.stages.Compiled) -> str:
+    """Returns the optimised HLO of a compiled program."""
+    return compiled.as_text() or ""
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Returns the compiler's account of a program's memory, in bytes.
+
+    The keys: argument, output, alias (outputs that reuse an argument), temp, generated_code, peak (the
+    compiler's own figure) and needed (argument + output - alias + temp + generated_code). An array that a TPU
+    keeps in its VMEM is not in temp.
+
+    Raises:
+      ValueError: the compiler gives no account.
+    """
+    stats: Any = compiled.memory_analysis()
+    if stats is None:
+        raise ValueError("this compiler gives no account of memory; ask on another target.")
+    found = {k: int(getattr(stats, f"{k}_size_in_bytes")) for k in _MEMORY}
+    found["peak"] = int(stats.peak_memory_in_bytes)
+    found["needed"] = sum(found[k] for k in _MEMORY) - 2 * found["alias"]
+    return found
+
+
+def opcodes(hlo: str) -> dict[str, int]:
+    """Counts the instructions of a program by operation, inside fusions and loop bodies too.
+
+    A matrix product is a `dot`, on a TPU a `convolution`, or a custom call; see `custom_calls`.
+    """
+    found = (_INSTRUCTION.match(line) for line in hlo.splitlines())
+    return dict(collections.Counter(m[3] for m in found if m).most_common())
+
+
+def custom_calls(hlo: str) -> dict[str, int]:
+    """Counts the custom calls of a program by target: a Pallas kernel on a TPU is `tpu_custom_call`."""
+    return dict(collections.Counter(re.findall(r'custom_call_target="([^"]+)"', hlo)).most_common())
+
+
+def buffers(hlo: str) -> list[Buffer]:
+    """Returns the arrays that a program writes to memory, the largest first.
+
+    Instructions inside a fusion are left out, because they live in registers; so are arguments and mere
+    views. Two arrays may share memory at different times: for the sum, ask `memory`.
+    """
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if head := _COMPUTATION.match(line):
+            lines = computations.setdefault(head[1], [])
+        else:
+            lines.append(line)
+    inner = set()
+    for body in computations.values():
+        for line in body:
+            found = _INSTRUCTION.match(line)
+            if found and found[3] != "call":
+                inner.update(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line))
+    out = []
+    for name, body in computations.items():
+        for line in body if name not in inner else ():
+            found = _INSTRUCTION.match(line)
+            if found and found[3] not in _NO_BUFFER:
+                for dtype, dims in _ARRAY.findall(found[2]):
+                    shape = tuple(int(d) for d in dims.split(",") if d)
+                    out.append(Buffer(_bits(dtype) * math.prod(shape) // 8, dtype, shape, found[3], found[1]))
+    return sorted(out, reverse=True)
+
+
+def _bits(dtype: str) -> int:
+    if dtype in _BITS:
+        return _BITS[dtype]
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 0

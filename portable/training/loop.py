@@ -1,0 +1,287 @@
+"""The training loop: steps, log, evaluations and checkpoints, resumable to the bit."""
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from portable.checkpoint.orbax import TrainingCheckpoints
+from portable.checks import PortableError
+from portable.nn import stack, unstack
+from portable.training.data import Batches, Packed, Windows, pack
+from portable.training.folder import claim, lock
+from portable.training.log import Log
+from portable.training.metrics import bits_per_byte, sample
+from portable.training.options import TrainOptions
+from portable.training.progress import Report, Silent
+from portable.training.step import init_state, make_step
+from portable.training.text import Document, Text
+from portable.training.tokens import ByteTokenizer, Tokenizer
+
+_AHEAD = 2  # steps the host may run ahead of the device
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a call of `fit` ended.
+
+    Attributes:
+      status: "finished", "stopped" (Ctrl-C or SIGTERM) or "out of time".
+      step: steps done, all calls together.
+      loss: of the last step, nats a token; None if this call made none.
+      held_out: bits per byte of held-out text at the end, if there is any and the run finished.
+      folder: with config.json, log.jsonl, loss.png, checkpoints/ and, when finished, model/.
+      model: with the weights reached, layers as a list.
+    """
+
+    status: str
+    step: int
+    loss: float | None
+    held_out: float | None
+    folder: Path
+    model: nnx.Module
+
+
+def fit(
+    model: nnx.Module,
+    text: Text,
+    options: TrainOptions,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    reporter: Silent | None = None,
+    max_minutes: float | None = None,
+    save_dtype: str = "float32",
+) -> Run:
+    """Trains a model on text, or continues the run in `folder` that the same arguments began.
+
+    The batch is a pure function of the step, and checkpoints hold parameters, optimizer and step, so a run
+    that is killed at any moment and called again goes through the same losses, bit for bit on the same
+    machine and libraries.
+
+    Args:
+      model: a language model with a list of layers; its weights are the starting point.
+      text: documents to train on and to hold out.
+      options: of the run.
+      folder: of the run; new, empty, or the one of this very run.
+      tokenizer: the byte tokenizer by default.
+      reporter: shows progress; nothing by default.
+      max_minutes: stop with a checkpoint after this time.
+      save_dtype: of the weights in `folder/model` at the end.
+
+    Raises:
+      CheckpointError: the folder is another run's, or a checkpoint cannot be written or read.
+      DataError: there is too little text, or the log cannot be written.
+      PortableError: the loss is no longer finite.
+    """
+    began = time.monotonic()
+    return _Loop(model, text, options, Path(folder), tokenizer or ByteTokenizer(), reporter or Silent()).run(
+        began + 60 * max_minutes if max_minutes is not None else math.inf, save_dtype
+    )
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: nnx.Module,
+        text: Text,
+        options: TrainOptions,
+        folder: Path,
+        tokenizer: Tokenizer,
+        reporter: Silent,
+    ):
+        self.options, self.folder, self.tokenizer, self.reporter = options, folder, tokenizer, reporter
+        packed = pack(text.train, tokenizer)
+        self.batches = Batches(Windows(packed, options.length), options.batch_size, options.seed)
+        self.bits_per_nat = _bits_per_nat(packed)
+        self.held_out: Sequence[Document] = sample(text.held_out, options.eval_bytes)
+        for note in claim(folder, _description(model, text, options, tokenizer), _information()):
+            reporter.note(note)
+        self.lock = lock(folder)
+        self.graphdef, params, self.rest = nnx.split(stack(model), nnx.Param, ...)
+        self.state = init_state(params, options)
+        self.step = 0
+        self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+    def run(self, deadline: float, save_dtype: str) -> Run:
+        with contextlib.ExitStack() as cleanup:
+            if self.lock is not None:
+                cleanup.enter_context(self.lock)
+            checkpoints = TrainingCheckpoints(self.folder / "checkpoints")
+            cleanup.callback(checkpoints.close)
+            self._resume(checkpoints)
+            self.log = cleanup.enter_context(
+                contextlib.closing(Log(self.folder / "log.jsonl", after=self.step))
+            )
+            self.reporter.start(self.step, self.options.steps)
+            cleanup.callback(self.reporter.close)
+            with _Stop(self.reporter) as stop:
+                status = self._steps(checkpoints, stop, deadline)
+                checkpoints.wait()
+            return self._end(status, save_dtype)
+
+    def _resume(self, checkpoints: TrainingCheckpoints) -> None:
+        for name in checkpoints.interrupted:
+            self.reporter.note(
+                f"{name} in {checkpoints.folder} was interrupted while being written; it is ignored."
+            )
+        found = checkpoints.restore(jax.eval_shape(lambda: self.state))
+        if found is not None:
+            state, self.step, notes = found
+            self.state = jax.tree.map(jnp.array, state)  # copies: the step donates them
+            for note in notes:
+                self.reporter.note(note)
+            self.reporter.note(f"continuing after step {self.step} of {self.options.steps}")
+
+    def _steps(self, checkpoints: TrainingCheckpoints, stop: "_Stop", deadline: float) -> str:
+        options, first = self.options, self.step + 1
+        train = make_step(self.graphdef, self.rest, options)
+        self.clock = time.monotonic()
+        for step in range(first, options.steps + 1):
+            self.state, metrics = train(self.state, self.batches[step - 1])
+            self.step = step
+            self.pending.append((step, metrics))
+            self.reporter.advance(step)
+            # Waiting for an earlier step keeps the device busy, yet a signal or deadline acts soon.
+            if len(self.pending) > _AHEAD:
+                self.pending[-1 - _AHEAD][1]["loss"].block_until_ready()
+            # Asked once a step: a request that comes later in the step must not end the run before its save.
+            asked, late = stop.asked, time.monotonic() >= deadline
+            last = step == options.steps
+            due = bool(options.eval_every) and step % options.eval_every == 0
+            save = last or asked or late or step % options.checkpoint_every == 0
+            if save or due or step == first or step % options.log_every == 0:
+                self._flush(rate=step != first, evaluate=due or last)
+            if save:
+                checkpoints.save(step, self.state)
+            if not last and (asked or late):
+                return "stopped" if asked else "out of time"
+        return "finished"
+
+    def _flush(self, *, rate: bool, evaluate: bool) -> None:
+        """Fetches the losses since the last time, logs and shows them."""
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+        self.pending.clear()
+        records = [
+            {
+                "step": step,
+                "loss": float(m["loss"]),
+                "learning_rate": float(m["learning_rate"]),
+                "gradient_norm": float(m["gradient_norm"]),
+            }
+            for step, m in fetched
+        ]
+        speed = left = held = None
+        if rate:
+            seconds = max(time.monotonic() - self.clock, 1e-9)
+            speed = sum(int(m["targets"]) for _, m in fetched) / seconds
+            left = seconds / len(fetched) * (self.options.steps - self.step)
+            records[-1]["tokens_per_second"] = round(speed, 1)
+        bad = next((r for r in records if not math.isfinite(r["loss"])), None)
+        if bad is None and evaluate and self.held_out:
+            held = records[-1]["held_out_bits_per_byte"] = self._evaluate()
+        self.log.write(records)
+        if bad is not None:
+            raise PortableError(
+                f"training diverged: the loss of step {bad['step']} is {bad['loss']}; start again in "
+                f"another folder with a learning rate below {self.options.learning_rate:g}."
+            )
+        loss = sum(r["loss"] for r in records) / len(records)
+        self.reporter.report(
+            Report(self.step, self.options.steps, loss, loss * self.bits_per_nat, speed, left, held)
+        )
+        self.clock = time.monotonic()
+
+    def _evaluate(self) -> float:
+        model = nnx.merge(self.graphdef, self.state.params, self.rest)
+        return bits_per_byte(model, self.held_out, self.tokenizer).bits_per_byte
+
+    def _end(self, status: str, save_dtype: str) -> Run:
+        records = self.log.records
+        model = unstack(nnx.merge(self.graphdef, self.state.params, self.rest))
+        held = None
+        if status == "finished":
+            _save(model, self.folder / "model", save_dtype, self.tokenizer)
+            held = records[-1].get("held_out_bits_per_byte") if records else None
+        self._plot(records)
+        return Run(status, self.step, records[-1]["loss"] if records else None, held, self.folder, model)
+
+    def _plot(self, records: Sequence[dict]) -> None:
+        try:
+            from portable.training.plot import loss_curve
+
+            loss_curve(
+                records,
+                self.folder / "loss.png",
+                bits_per_nat=self.bits_per_nat,
+                title=f"{self.folder.name}: bits per byte over {self.step} steps",
+            )
+        except ImportError:
+            self.reporter.note(
+                "no loss curve was drawn: pip install 'portable-jax[train]' brings matplotlib."
+            )
+        except OSError as error:
+            self.reporter.note(f"the loss curve could not be written to {self.folder}: {error.strerror}.")
+
+
+class _Stop:
+    """Turns the first Ctrl-C or SIGTERM into a request; the second Ctrl-C interrupts as usual."""
+
+    def __init__(self, reporter: Silent):
+        self.asked = False
+        self._reporter = reporter
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Stop":
+        if threading.current_thread() is threading.main_thread():  # only there does Python allow handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number, frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._reporter.note("stopping after this step; once more to stop without a checkpoint")
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _bits_per_nat(packed: Packed) -> float:
+    return len(packed.tokens) / packed.bytes / math.log(2)
+
+
+def _description(model: nnx.Module, text: Text, options: TrainOptions, tokenizer: Tokenizer) -> dict:
+    return {
+        "model": {"class": type(model).__name__} | dataclasses.asdict(model.config),
+        "compute_dtype": jnp.dtype(model.dtype).name,
+        "remat": getattr(model, "remat", "none"),
+        "training": options.trajectory(),
+        "tokenizer": tokenizer.name,
+        "text": text.fingerprint,
+    }
+
+
+def _information() -> dict:
+    return {"jax": jax.__version__, "platform": jax.default_backend()}
+
+
+def _save(model: nnx.Module, folder: Path, dtype: str, tokenizer: Tokenizer) -> None:
+    from portable import models
+
+    graphdef, variables = nnx.split(model)
+    models.save(nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), variables)), folder)
+    if source := getattr(tokenizer, "path", None):
+        shutil.copyfile(source, folder / "tokenizer.json")

@@ -1,0 +1,122 @@
+"""Trains the embedded model: a small byte-level Mamba-2 on the source of Python's standard library.
+
+    python scripts/train_default.py --out runs/default             # train, or continue; then score the
+    held-out files python scripts/train_default.py --out runs/default --install   # and put the weights into
+    the package python scripts/train_default.py --score portable/assets/default
+
+A twentieth of the files, chosen by a hash of their path, is never trained on. The score is bits per byte
+over those files, each read whole from an empty state, its end predicted too; zlib -9 and xz -9e compress the
+same files one by one.
+"""
+
+import argparse
+import dataclasses
+import lzma
+import platform
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from portable import models, training
+from portable.checks import PortableError
+from portable.models.mamba2 import Mamba2Config, Mamba2LM
+from portable.training.progress import reporter
+from portable.training.stdlib import describe, stdlib_text, unlike
+from portable.training.text import Text
+
+ASSETS = Path(__file__).resolve().parent.parent / "portable" / "assets"
+CONFIG = Mamba2Config(
+    vocab_size=256,
+    hidden_size=256,
+    num_hidden_layers=6,
+    num_heads=8,
+    head_dim=64,
+    state_size=64,
+    initializer_range=0.02,
+    rescale_prenorm_residual=True,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+)
+OPTIONS = training.TrainOptions(
+    steps=2400,
+    batch_size=8,
+    length=512,
+    learning_rate=4e-3,
+    warmup=100,
+    weight_decay=0.1,
+    eval_every=200,
+    checkpoint_every=100,
+)
+
+
+def score(model: nnx.Module, text: Text) -> str:
+    """Returns a table of bits per byte on the held-out files."""
+    files = text.held_out
+    size = sum(len(d.data) for d in files)
+    ours = training.bits_per_byte(model, files).bits_per_byte
+    rivals = {
+        "zlib -9": sum(len(zlib.compress(d.data, 9)) for d in files),
+        "xz -9e": sum(len(lzma.compress(d.data, preset=9 | lzma.PRESET_EXTREME)) for d in files),
+    }
+    lines = [f"held out: {len(files)} files, {size:,} bytes", f"{'model':8} {ours:.3f} bits per byte"]
+    return "\n".join(
+        lines + [f"{name:8} {8 * total / size:.3f} bits per byte" for name, total in rivals.items()]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of the run")
+    parser.add_argument(
+        "--steps", type=int, default=OPTIONS.steps, help="of the whole run (default %(default)s)"
+    )
+    parser.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
+    parser.add_argument("--install", action="store_true", help="write weights and file list into the package")
+    parser.add_argument("--score", type=Path, metavar="FOLDER", help="only score the model in this folder")
+    args = parser.parse_args()
+    text = stdlib_text()
+    print(text.summary())
+    listed = ASSETS / "default_corpus.json"
+    if listed.exists() and (other := unlike(text, listed.read_text())):
+        print(
+            f"{len(other)} files differ from {listed.name} (written with another Python), such as {other[0]}"
+        )
+    if args.score:
+        print(score(models.load(args.score, compute_dtype=jnp.float32), text))
+        return 0
+    options = dataclasses.replace(OPTIONS, steps=args.steps)
+    model = Mamba2LM(CONFIG, rngs=nnx.Rngs(options.seed))
+    run = training.fit(
+        model,
+        text,
+        options,
+        args.out,
+        reporter=reporter(),
+        max_minutes=args.max_minutes,
+        save_dtype="bfloat16",
+    )
+    if run.status != "finished":
+        print(
+            f"{run.status} after step {run.step} of {options.steps}; the same command continues from there."
+        )
+        return 0
+    print(score(models.load(args.out / "model", compute_dtype=jnp.float32), text))
+    if args.install:
+        shutil.copytree(args.out / "model", ASSETS / "default", dirs_exist_ok=True)
+        listed.write_text(describe(text, platform.python_version()))
+        print(f"installed in {ASSETS}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except PortableError as error:
+        sys.exit(f"train_default: {error}")
