@@ -4,9 +4,10 @@ Every peer runs in a process of its own, with the same number of threads, warmed
 whatever else the machine does falls on all of them. The bars stand beside the ratios.
 
     pip install -e . && pip install -r benchmarks/requirements.txt
-    python benchmarks/mamba2.py                           # everything, about half an hour on two cores
-    python benchmarks/mamba2.py decode roofline           # two of the phases
-    python benchmarks/mamba2.py --rounds 1 --no-sweep     # does it run
+    python benchmarks/mamba2.py                                      # everything, about half an hour on two cores
+    python benchmarks/mamba2.py decode roofline --json trial.json    # two of the phases
+    python benchmarks/mamba2.py --rounds 1 --no-sweep --json trial.json
+    python benchmarks/mamba2.py --show                               # the table of the committed results
 
 The weights are random, in the shapes of mamba2-130m, float32; transformers writes them into a scratch folder.
 """
@@ -39,9 +40,7 @@ PHASES = {
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phases", nargs="*", metavar="PHASE", help=f"{', '.join(PHASES)}; all unless given")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each program (default 7)")
     parser.add_argument("--threads", type=int, default=2, help="processors each program may use (default 2)")
@@ -49,30 +48,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", default="mamba2_jax,transformers", help="comma-separated (default: both)")
     parser.add_argument("--no-sweep", action="store_true", help="only default chunk sizes of the peers")
     parser.add_argument("--remat", default="none", help="our training step's remat policy (default none)")
-    parser.add_argument(
-        "--layers", choices=("stacked", "list"), default="stacked", help="our layers in training"
-    )
-    parser.add_argument(
-        "--contexts", type=int, nargs=2, default=(1024, 65536), metavar="N", help="for `context`"
-    )
-    parser.add_argument(
-        "--checkpoint", type=pathlib.Path, help="folder to take or keep the random weights in"
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="two small layers: tries the benchmark, measures nothing"
-    )
-    parser.add_argument(
-        "--json", type=pathlib.Path, help=f"results file (default {RESULTS.relative_to(HERE.parent)})"
-    )
+    parser.add_argument("--layers", choices=("stacked", "list"), default="stacked", help="our layers in training")
+    parser.add_argument("--contexts", type=int, nargs=2, default=(1024, 65536), metavar="N", help="for `context`")
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="folder to take or keep the random weights in")
+    parser.add_argument("--tiny", action="store_true", help="two small layers: tries the benchmark, measures nothing")
+    parser.add_argument("--json", type=pathlib.Path, help=f"results file (default {RESULTS.relative_to(HERE.parent)})")
     parser.add_argument("--show", action="store_true", help="print the table of an existing results file")
     args = parser.parse_args(argv)
     if unknown := set(args.phases) - set(PHASES):
         parser.error(f"there is no phase {sorted(unknown)[0]!r}; there are: {', '.join(PHASES)}")
     for package in ("mamba2_jax", "transformers", "torch", "portable"):
         if not args.show and importlib.util.find_spec(package) is None:
-            parser.error(
-                f"{package} is not installed: pip install -e . && pip install -r benchmarks/requirements.txt"
-            )
+            parser.error(f"{package} is not installed: pip install -e . && pip install -r benchmarks/requirements.txt")
     if args.json is None and (args.tiny or args.phases) and not args.show:
         parser.error("a partial run does not replace the committed results: name a file with --json")
     return args
@@ -107,9 +94,7 @@ def main() -> int:
             say=say,
         )
         found: dict[str, Any] = {
-            "what": "mamba2-130m shapes, random weights, float32, batch 1"
-            if not args.tiny
-            else "tiny, a trial",
+            "what": "mamba2-130m shapes, random weights, float32, batch 1" if not args.tiny else "tiny, a trial",
             "machine": measure.machine(),
             "settings": {
                 "rounds": args.rounds,
@@ -141,9 +126,7 @@ def show(found: dict[str, Any]) -> int:
     print(f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; {machine['date']}")
     print(f"{versions}; our training step: {settings['train']}\n")
     rows = verdicts.rows(found["phases"])
-    report.show(
-        "ratios of medians; the columns after them: of minima, of CPU time", rows, verdicts.STATISTICS
-    )
+    report.show("ratios of medians; the columns after them: of minima, of CPU time", rows, verdicts.STATISTICS)
     claims = found["claims"]
     if claims["tokens_per_s_here"]:
         print("\nPublished by others, on other hardware:")

@@ -31,17 +31,18 @@ STYLES = {"failed": "bold red", "cannot": "dim", "does not fit": "yellow", "comp
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--targets", default=",".join(plan.TARGETS), help="comma-separated (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", default=",".join(plan.TARGETS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="programs whose name contains TEXT")
     parser.add_argument("--processes", type=int, default=1, help="compilers at a time (default 1)")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="the results file")
     parser.add_argument("--show", action="store_true", help="compile nothing, show the results file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if unknown := set(args.targets.split(",")) - set(parity.TARGETS):
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; there are: {', '.join(parity.TARGETS)}")
+    if args.show and not args.out.exists():
+        parser.error(f"there are no results at {args.out}; run without --show first")
+    return args
 
 
 def record(results: Sequence[parity.Result]) -> dict[str, Any]:
@@ -62,10 +63,9 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
     Results of other compilers are dropped: two accounts by different versions cannot stand side by side.
     """
-    if old.get("versions") != new["versions"]:
-        return new
     again = {(r["job"], r["target"]) for r in new["results"]}
-    kept = [r for r in old["results"] if (r["job"], r["target"]) not in again]
+    same = old.get("versions") == new["versions"]
+    kept = [r for r in old["results"] if (r["job"], r["target"]) not in again] if same else []
     rows = sorted(kept + new["results"], key=lambda r: (r["job"], r["target"]))
     return new | {"results": rows}
 
@@ -134,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     names = args.targets.split(",")
     jobs = [j for j in plan.op_jobs(names) + plan.model_jobs(names) if args.only in j.name]
+    if not jobs:
+        raise SystemExit(f"no program's name contains {args.only!r}; --show lists those compiled so far.")
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

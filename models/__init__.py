@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from portable import checkpoint
+from portable import checkpoint, nn
 from portable.checkpoint import WeightMap
 from portable.checks import CheckpointError, ConfigError
 from portable.models import mamba2
@@ -30,6 +30,8 @@ class Family(NamedTuple):
     weight_map: Callable[..., WeightMap]
 
 
+# A small byte-level Mamba-2 that comes with the package, trained by scripts/train_default.py.
+EMBEDDED = Path(__file__).parent.parent / "assets" / "default"
 # By the model_type of config.json.
 MODELS: dict[str, Family] = {"mamba2": Family(mamba2.Mamba2Config, mamba2.Mamba2LM, mamba2.weight_map)}
 
@@ -60,7 +62,7 @@ def load(
       CheckpointError: the files are missing, damaged, pickled, or do not fit the model; every tensor that
         does not fit is named with the shape expected and the shape got.
       ConfigError: config.json lacks fields, or asks for what the model lacks.
-      TypeError: `dtype` is not a floating-point dtype.
+      TypeError: `dtype` is not a floating-point dtype, or one that JAX has not enabled.
     """
     dtype, compute_dtype = _floating("dtype", dtype), _floating("compute_dtype", compute_dtype)
     folder = checkpoint.locate(folder_or_hub_id)
@@ -96,7 +98,7 @@ def save(
     An interrupted save and a full disk leave the weights that were in the folder as they were.
 
     Args:
-      model: one of the models in `MODELS`; its parameters are written in their dtypes.
+      model: one of the models in `MODELS`, stacked (`nn.stack`) or not; parameters are written in their dtypes.
       folder: is created if need be; other files in it stay.
       format: "transformers" or "state-spaces" (the original of mamba_ssm). None means transformers' if it
         can hold the model. Options that it lacks (`config.formats` tells) are kept in state-spaces' format,
@@ -120,7 +122,7 @@ def save(
             stacklevel=2,
         )
     config_dict = config.to_dict(format)
-    tensors = checkpoint.tensors_of(model, family.weight_map(format))
+    tensors = checkpoint.tensors_of(nn.unstack(model), family.weight_map(format))
     if format == "transformers":
         largest = max(tensors.values(), key=lambda source: source.nbytes)
         config_dict = {**config_dict, "dtype": largest.dtype.name}
@@ -131,7 +133,8 @@ def _family(config: Mapping[str, Any], folder: Path) -> Family:
     kind = config.get("model_type")
     if kind is None and "d_model" in config:
         # mamba_ssm names the layer, not the model, and takes the first Mamba where it is not named.
-        kind = (config.get("ssm_cfg") or {}).get("layer", "Mamba1").lower()
+        layer = config.get("ssm_cfg") or {}
+        kind = str(layer.get("layer", "Mamba1")).lower() if isinstance(layer, Mapping) else None
     if kind not in MODELS:
         raise CheckpointError(
             f"{folder / 'config.json'}: model type {kind!r} is not supported; these are: {', '.join(MODELS)}."
@@ -148,4 +151,6 @@ def _floating(name: str, dtype: Any) -> Any:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
         raise TypeError(f"load: {name} must be a floating-point dtype such as 'bfloat16', got {dtype!r}.")
-    return jax.dtypes.canonicalize_dtype(found)
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise TypeError(f"load: {name}={found} needs jax_enable_x64: jax.config.update('jax_enable_x64', True).")
+    return found

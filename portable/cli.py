@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from portable.checks import PortableError
 
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         name = f"{self.prog} {self.command}" if self.command else self.prog
         raise UsageError(f"{message}; `{name} --help` shows what is understood.")
 
-    def print_help(self, file=None) -> None:
+    def print_help(self, file: Any = None) -> None:
         from rich.console import Console
         from rich.text import Text
 

@@ -60,11 +60,12 @@ def fill(page: Path, words: list[str]) -> None:
 
 def problems(page: Path) -> Iterator[str]:
     """Yields a sentence for each block that is not what it says."""
+    where = os.path.relpath(page)
     for block in BLOCK.finditer(page.read_text()):
         if not block[4].strip():
-            yield f"{page.name}: the block of `{block[3]}` is empty; run python scripts/readme.py fill."
+            yield f"{where}: the block of `{block[3]}` is empty; run python scripts/readme.py fill."
         elif block[2] == "output of" and block[4] != output(block[3]):
-            yield f"{page.name}: `{block[3]}` now prints something else; run python scripts/readme.py fill."
+            yield f"{where}: `{block[3]}` now prints something else; run python scripts/readme.py fill."
 
 
 def main(argv: list[str]) -> int:

@@ -50,26 +50,18 @@ def problems(root: Path = ROOT) -> list[str]:
     found = []
     for path, text in rendered(root, address(root)).items():
         if text != path.read_text():
-            found.append(
-                f"{path.relative_to(root)} has another address; run python scripts/set_repository.py."
-            )
+            found.append(f"{path.relative_to(root)} has another address; run python scripts/set_repository.py.")
         if path.suffix == ".ipynb" and not INSTALL.search(_first_code_cell(text)):
-            found.append(
-                f"{path.relative_to(root)}: the first code cell must install portable-jax @ git+URL."
-            )
+            found.append(f"{path.relative_to(root)}: the first code cell must install portable-jax @ git+URL.")
     return found
 
 
 def write(root: Path, url: str) -> None:
     """Sets the address in pyproject.toml and everything made from it."""
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
-        raise ValueError(
-            f"the address must be https://github.com/OWNER/NAME (Colab opens no other); got {url}."
-        )
+        raise ValueError(f"the address must be https://github.com/OWNER/NAME (Colab opens no other); got {url}.")
     project = root / "pyproject.toml"
-    project.write_text(
-        project.read_text().replace(f'Repository = "{address(root)}"', f'Repository = "{url}"')
-    )
+    project.write_text(project.read_text().replace(f'Repository = "{address(root)}"', f'Repository = "{url}"'))
     for path, text in rendered(root, url).items():
         path.write_text(text)
 
@@ -80,9 +72,7 @@ def _first_code_cell(notebook: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", nargs="?", help="https://github.com/OWNER/NAME")
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()

@@ -74,9 +74,7 @@ def child(
     """
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     if devices > 1:
-        variables["XLA_FLAGS"] = (
-            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        )
+        variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     variables |= env or {}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -87,7 +85,5 @@ def child(
         timeout=timeout,
     )
     if done.returncode:
-        pytest.fail(
-            f"the child process ended with {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False
-        )
+        pytest.fail(f"the child process ended with {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
     return done.stdout

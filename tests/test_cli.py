@@ -44,9 +44,7 @@ def test_every_example_in_help_parses(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
     assert stop.value.code == 0
-    lines = re.findall(
-        r"(?m)^  (?:[A-Z_]+=\S+ )?portable (.*)$", capsys.readouterr().out.split("examples:")[1]
-    )
+    lines = re.findall(r"(?m)^  (?:[A-Z_]+=\S+ )?portable (.*)$", capsys.readouterr().out.split("examples:")[1])
     assert lines
     for line in lines:
         assert cli.parser(name).parse_args(shlex.split(line, comments=True)).command == name
@@ -182,9 +180,7 @@ def test_info_is_readable_by_programs(capsys):
 
 def _process(line: str, **env) -> subprocess.CompletedProcess:
     variables = os.environ | {"PYTHONPATH": str(ROOT)} | env
-    done = subprocess.run(
-        line, shell=True, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(line, shell=True, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120)
     # With the compilers of [aot] installed, their C++ logging speaks on a machine without such a device.
     done.stderr = re.sub(r"(?m)^(WARNING: All log messages before absl|[IW]\d{4} ).*\n", "", done.stderr)
     return done

@@ -27,9 +27,7 @@ def _loaded(code: str) -> set[str]:
     return {name for name in OPTIONAL if any(m == name or m.startswith(f"{name}.") for m in modules)}
 
 
-@pytest.mark.parametrize(
-    "code", ["import portable", "import portable; portable.ops.ssd; portable.explain('ssd')"]
-)
+@pytest.mark.parametrize("code", ["import portable", "import portable; portable.ops.ssd; portable.explain('ssd')"])
 def test_import_brings_in_nothing_optional(code):
     assert _loaded(code) == set()
 

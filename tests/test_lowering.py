@@ -98,7 +98,7 @@ def test_mamba2_130m(target):
     # Beside the logits and the weights, room for the arrays of a layer or two, not of all.
     assert forward.temp_bytes <= 2 * forward.output_bytes
     # A step reads the weights where they are; a copy of even the smallest layer's would show.
-    assert decode.temp_bytes <= 0.01 * weights
+    assert decode.temp_bytes <= 0.02 * weights
     # The state is donated: it is updated in place.
     state = decode.argument_bytes - forward.argument_bytes
     assert decode.alias_bytes >= 0.99 * state

@@ -37,9 +37,7 @@ def wheel(tmp_path_factory) -> Path:
     """Builds the wheel from a copy of the sources, so that the build leaves nothing behind."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
-        shutil.copytree(
-            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source]
@@ -88,9 +86,7 @@ def test_wheel_holds_every_file(wheel):
 def test_installed_wheel_imports_everything_from_another_folder(installed, tmp_path):
     done = _run(installed, "-c", IMPORT_ALL, folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    modules = [
-        p for name in SOURCES for p in (ROOT / name).rglob("*.py") if "pallas_kernels/gpu" not in str(p)
-    ]
+    modules = [p for name in SOURCES for p in (ROOT / name).rglob("*.py") if "pallas_kernels/gpu" not in str(p)]
     assert int(done.stdout) >= len(modules) - 2, "portable/__init__.py and __main__.py are not counted"
 
 

@@ -29,9 +29,7 @@ class Child:
     `start` is what the worker reported once ready: idle memory, seconds to trace and compile, peak memory.
     """
 
-    def __init__(
-        self, worker: pathlib.Path, spec: Mapping[str, Any], environment: Mapping[str, str] | None = None
-    ):
+    def __init__(self, worker: pathlib.Path, spec: Mapping[str, Any], environment: Mapping[str, str] | None = None):
         self.spec = dict(spec)
         threads = str(spec["threads"])
         env = {

@@ -4,13 +4,16 @@ import ctypes
 import datetime
 import gc
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 PACKAGES = ("portable-jax", "jax", "jaxlib", "flax", "mamba2-jax", "transformers", "torch", "numpy")
 
@@ -69,6 +72,12 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def norm(arrays: Iterable[np.ndarray]) -> float:
+    """Euclidean norm of all arrays together; summed row by row, for one float32 sum of millions loses digits."""
+    rows = (row for array in arrays for row in np.reshape(array, (len(array), -1)))
+    return math.sqrt(sum(float(np.vdot(row, row)) for row in rows))
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, memory, versions and date, as they are written beside every result."""
     found = {}
@@ -93,11 +102,7 @@ def _processor() -> str:
     path = pathlib.Path("/proc/cpuinfo")
     if path.exists():
         wanted = ("model name", "cpu family", "model", "stepping")
-        lines = [
-            [part.strip() for part in line.split(":", 1)]
-            for line in path.read_text().splitlines()
-            if ":" in line
-        ]
+        lines = [[part.strip() for part in line.split(":", 1)] for line in path.read_text().splitlines() if ":" in line]
         fields = {key: value for key, value in reversed(lines) if key in wanted}
         numbers = ", ".join(f"{key} {fields[key]}" for key in wanted[1:] if key in fields)
         if "model name" in fields:

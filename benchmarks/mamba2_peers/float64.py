@@ -35,9 +35,7 @@ def _mixer(u: np.ndarray, w: dict[str, np.ndarray], config: dict) -> np.ndarray:
     xbc = w["mixer.conv1d.bias"] + sum(taps[:, k] * padded[k : k + t] for k in range(taps.shape[1]))
     x, B, C = np.split(_silu(xbc), [inner, inner + n], axis=1)
     x = x.reshape(t, heads, p)
-    low, high = (
-        float(limit["__float__"]) if isinstance(limit, dict) else limit for limit in config["time_step_limit"]
-    )
+    low, high = (float(limit["__float__"]) if isinstance(limit, dict) else limit for limit in config["time_step_limit"])
     dt = np.clip(np.logaddexp(0, dt + w["mixer.dt_bias"]), low, high)
     decay = np.exp(dt * -np.exp(w["mixer.A_log"]))
     state, y = np.zeros((heads, p, n)), np.empty_like(x)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import pathlib
 import time
 from typing import Any
@@ -69,9 +68,7 @@ class Prefill:
 
     def __init__(self, model: Any, spec: dict[str, Any]):
         self.model = model
-        self.tokens = jnp.asarray(
-            tasks.ids(tasks.length_of(spec["task"]), vocab_size=model.cfg.vocab_size), jnp.int32
-        )
+        self.tokens = jnp.asarray(tasks.ids(tasks.length_of(spec["task"]), vocab_size=model.cfg.vocab_size), jnp.int32)
 
     def prepare(self) -> dict[str, float]:
         def prefill(model, tokens):
@@ -125,9 +122,7 @@ class Train:
 
     def __init__(self, model: Any, spec: dict[str, Any]):
         self.graph, self.state = nnx.split(model)
-        self.tokens = jnp.asarray(
-            tasks.ids(tasks.length_of(spec["task"]), vocab_size=model.cfg.vocab_size), jnp.int32
-        )
+        self.tokens = jnp.asarray(tasks.ids(tasks.length_of(spec["task"]), vocab_size=model.cfg.vocab_size), jnp.int32)
 
     def prepare(self) -> dict[str, float]:
         def loss(state, tokens):
@@ -143,8 +138,8 @@ class Train:
             found["value"], found["grads"] = jax.block_until_ready(self.program(self.state, self.tokens))
 
         seconds = measure.timed(step)
-        norms = [float(np.linalg.norm(grad)) for grad in jax.tree.leaves(found["grads"])]
-        return {**seconds, "loss": float(found["value"]), "grad_norm": math.hypot(*norms)}
+        norm = measure.norm(map(np.asarray, jax.tree.leaves(found["grads"])))
+        return {**seconds, "loss": float(found["value"]), "grad_norm": norm}
 
 
 class Logits:

@@ -1,6 +1,5 @@
 """portable itself, and the loops that only it runs: beside bare matrix products, and after a long context."""
 
-import math
 import pathlib
 import time
 from typing import Any
@@ -217,8 +216,8 @@ class Train:
             found["value"], found["grads"] = jax.block_until_ready(self.program(self.weights, self.tokens))
 
         seconds = measure.timed(step)
-        norms = [float(np.linalg.norm(grad)) for grad in jax.tree.leaves(found["grads"])]
-        return {**seconds, "loss": float(found["value"]), "grad_norm": math.hypot(*norms)}
+        norm = measure.norm(map(np.asarray, jax.tree.leaves(found["grads"])))
+        return {**seconds, "loss": float(found["value"]), "grad_norm": norm}
 
 
 class Logits:

@@ -1,6 +1,5 @@
 """transformers on torch, eager, as `from_pretrained` gives it (on a processor it has no other path)."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,7 @@ def build(spec: dict[str, Any]) -> Any:
         for block in model.backbone.layers:
             block.mixer.chunk_size = chunk_size
     kind = spec["task"].rstrip("0123456789")
-    return {"prefill": Prefill, "decode": Decode, "train": Train, "logits": Logits, "greedy": Greedy}[kind](
-        model, spec
-    )
+    return {"prefill": Prefill, "decode": Decode, "train": Train, "logits": Logits, "greedy": Greedy}[kind](model, spec)
 
 
 def tokens_of(model: Any, length: int, seed: int = 0) -> torch.Tensor:
@@ -97,9 +94,9 @@ class Train:
             found["loss"].backward()
 
         seconds = measure.timed(step)
-        norms = [float(p.grad.norm()) for p in self.model.parameters() if p.grad is not None]
+        norm = measure.norm(p.grad.numpy() for p in self.model.parameters() if p.grad is not None)
         self.model.zero_grad(set_to_none=True)
-        return {**seconds, "loss": float(found["loss"]), "grad_norm": math.hypot(*norms)}
+        return {**seconds, "loss": float(found["loss"]), "grad_norm": norm}
 
 
 class Logits:

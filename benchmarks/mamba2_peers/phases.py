@@ -51,9 +51,7 @@ class Run(NamedTuple):
     vocab_size: int
     say: Callable[[str], None]
 
-    def child(
-        self, peer: str, task: str, *, warm: bool = True, x64: bool = False, **options: Any
-    ) -> children.Child:
+    def child(self, peer: str, task: str, *, warm: bool = True, x64: bool = False, **options: Any) -> children.Child:
         """Starts the worker of one peer and task."""
         spec = {
             "peer": peer,
@@ -101,9 +99,7 @@ def roofline(run: Run) -> dict[str, Any]:
     """Our decode loop beside a loop of only its matrix-vector products, in one process."""
     run.say("roofline: starting")
     with run.child(OURS, "roofline", tokens=run.tokens) as child:
-        samples = children.take_turns(
-            {OURS: child}, run.rounds, progress=lambda line: run.say(f"roofline: {line}")
-        )
+        samples = children.take_turns({OURS: child}, run.rounds, progress=lambda line: run.say(f"roofline: {line}"))
         return {"start": child.start, "samples": samples[OURS], "tokens": run.tokens}
 
 
@@ -112,9 +108,7 @@ def context(run: Run) -> dict[str, Any]:
     run.say(f"context: reading {max(run.contexts)} tokens")
     options = {"contexts": list(run.contexts), "piece": run.piece, "tokens": run.tokens}
     with run.child(OURS, "context", **options) as child:
-        samples = children.take_turns(
-            {OURS: child}, run.rounds, progress=lambda line: run.say(f"context: {line}")
-        )
+        samples = children.take_turns({OURS: child}, run.rounds, progress=lambda line: run.say(f"context: {line}"))
         return {
             "start": child.start,
             "samples": samples[OURS],
@@ -139,14 +133,12 @@ def compiling(run: Run) -> dict[str, Any]:
 
 def accuracy(run: Run) -> dict[str, Any]:
     """Largest and root mean square error of all logits against float64, for several sequences of tokens."""
-    options = {"length": run.length}
+    options: dict[str, Any] = {"length": run.length}
     judges = {
         "portable_float64": lambda: run.child(
             OURS, "logits", warm=False, x64=True, float64=True, implementation="reference", **options
         ),
-        "numpy_float64": lambda: run.child(
-            "float64", "logits", warm=False, vocab_size=run.vocab_size, **options
-        ),
+        "numpy_float64": lambda: run.child("float64", "logits", warm=False, vocab_size=run.vocab_size, **options),
     }
     judged = {OURS: lambda: run.child(OURS, "logits", warm=False, **options)}
     for peer in run.peers:

@@ -124,9 +124,7 @@ def _compile(found: dict) -> Iterator[Row]:
     ours = seconds.pop(OURS)
     yield Row("trace and compile a decode step", f"{ours:.2f} s", "", "", ours, "<=", 3.0, f"{ours:.2f} s")
     first = seconds.pop("generate")
-    yield Row(
-        "  first generate, prompt already read", f"{first:.2f} s", "", "", first, value_text=f"{first:.2f} s"
-    )
+    yield Row("  first generate, prompt already read", f"{first:.2f} s", "", "", first, value_text=f"{first:.2f} s")
     for name, theirs in seconds.items():
         yield Row("  a decode step", f"{ours:.2f} s", label(name), f"{theirs:.2f} s", theirs / ours)
 

@@ -114,7 +114,7 @@ class Mamba2LM(nnx.Module):
                 use_bias=False,
                 dtype=dtype,
                 param_dtype=param_dtype,
-                preferred_element_type=jnp.float32,
+                preferred_element_type=jnp.promote_types(jnp.float32, dtype),
                 kernel_metadata={"axes": ("embed", "vocab")},
                 rngs=rngs,
             )

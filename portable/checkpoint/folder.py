@@ -53,8 +53,8 @@ class Checkpoint:
       CheckpointError: no safetensors file, a truncated or foreign one, or an index that does not fit them.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = folder = Path(folder)
         self.entries: dict[str, Entry] = {}
         self._mapped: dict[Path, Any] = {}
         self._copied = 0
@@ -73,7 +73,7 @@ class Checkpoint:
             )
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields rows start:stop of a tensor as (first row, array), some tens of megabytes at a time."""
+        """Yields rows start:stop of a tensor as (first row, array), some megabytes at a time."""
         entry = self.entries[name]
         if not entry.shape:
             yield 0, np.atleast_1d(self._open(entry.file).get_tensor(name))
@@ -108,9 +108,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-            raise CheckpointError(
-                f'{folder / INDEX} has no "weight_map" of tensor names to files; save it again.'
-            )
+            raise CheckpointError(f'{folder / INDEX} has no "weight_map" of tensor names to files; save it again.')
         names = sorted(set(index.values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise CheckpointError(f"{folder / INDEX} names files outside its folder: {', '.join(outside)}.")
@@ -129,9 +127,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             f"{', '.join(file.name for file in found)}."
         )
     if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
-        raise CheckpointError(
-            f"{folder} holds weights only as pickle: {', '.join(pickles)}. {HOW_TO_CONVERT}"
-        )
+        raise CheckpointError(f"{folder} holds weights only as pickle: {', '.join(pickles)}. {HOW_TO_CONVERT}")
     raise CheckpointError(f"{folder} holds no safetensors file; it has {_listing(folder)}.")
 
 
@@ -164,9 +160,7 @@ class Source(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def write(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Source], max_shard_size: int
-) -> None:
+def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Source], max_shard_size: int) -> None:
     """Writes config.json and the tensors: one file or, beyond `max_shard_size` bytes, several and an index.
 
     Every file is written beside its place, forced to the disk and renamed. Readers go by one of the renames

@@ -29,15 +29,17 @@ class TrainingCheckpoints:
 
         self._ocp = ocp
         self.folder = Path(folder).resolve()  # orbax wants absolute paths
+        if "[" in str(self.folder):  # orbax takes the path for a glob, finds nothing to merge and says it is done
+            raise CheckpointError(
+                f"orbax cannot keep checkpoints below a folder with '[' in its name, got {self.folder}: choose another."
+            )
         with _refused(f"the checkpoint folder {folder} cannot be used"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.interrupted = sorted(p.name for p in self.folder.iterdir() if p.name.endswith(_TEMPORARY))
             for name in self.interrupted:
                 shutil.rmtree(self.folder / name)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        handlers = {
-            "state": ocp.StandardCheckpointHandler()
-        }  # named, so that shapes are known before reading
+        handlers = {"state": ocp.StandardCheckpointHandler()}  # named, so that shapes are known before reading
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
@@ -93,18 +95,14 @@ class TrainingCheckpoints:
                 if isinstance(error, CheckpointError):
                     raise
                 reason = (str(error).splitlines() or [""])[0][:160]
-                notes.append(
-                    f"checkpoint {self.folder / str(step)} cannot be read ({reason}) and was not used."
-                )
+                notes.append(f"checkpoint {self.folder / str(step)} cannot be read ({reason}) and was not used.")
                 continue
             leaves = [arrays[name] for name in _flat(like)]
             for newer in [s for s in self._manager.all_steps() if s > step]:
                 self._manager.delete(newer)  # or a new save of that step would be refused
             return jax.tree.unflatten(jax.tree.structure(like), leaves), step, notes
         if notes:
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} can be read, got: {' '.join(notes)} Delete it."
-            )
+            raise CheckpointError(f"no checkpoint in {self.folder} can be read, got: {' '.join(notes)} Delete it.")
         return None
 
     def close(self) -> None:
@@ -131,11 +129,7 @@ class TrainingCheckpoints:
     @contextlib.contextmanager
     def _writing(self, step: int | None) -> Iterator[None]:
         whole = self.latest
-        left = (
-            f"the checkpoint of step {whole} is complete"
-            if whole is not None
-            else "no checkpoint was complete yet"
-        )
+        left = f"the checkpoint of step {whole} is complete" if whole is not None else "no checkpoint was complete yet"
         what = f"the checkpoint of step {step}" if step is not None else "the last checkpoint"
         with _quiet(), _refused(f"{what} could not be written to {self.folder}", f"{left}; "):
             yield
@@ -171,10 +165,7 @@ def _refused(what: str, left: str = "") -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
         text = str(error)
-        full = any(
-            sign in text.lower()
-            for sign in ("no space left", "file too large", "quota", "os_error_code='28'")
-        )
+        full = any(sign in text.lower() for sign in ("no space left", "file too large", "quota", "os_error_code='28'"))
         reason = "the disk is full" if full else (text.splitlines() or [type(error).__name__])[0][:200]
         do = "free some space" if full else "mend that"
         raise CheckpointError(f"{what}: {reason}; {left}{do} and run the same command again.") from error

@@ -93,9 +93,7 @@ def load_params(
             f"{checkpoint.folder}: NaN or infinity in {', '.join(sorted(not_finite))}; is the file damaged?",
             stacklevel=3,
         )
-    values |= _initialised(
-        lambda: build(compute), [path for path, _ in variables.values() if path not in values]
-    )
+    values |= _initialised(lambda: build(compute), [path for path, _ in variables.values() if path not in values])
     filled = [(path, variable.replace(values[path])) for path, variable in variables.values()]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
@@ -106,9 +104,7 @@ def tensors_of(model: nnx.Module, weight_map: WeightMap) -> dict[str, Source]:
 
     def source(tensor: Tensor) -> Source:
         def fetch() -> np.ndarray:
-            views = [
-                tensor.view(np.asarray(params[block.path].get_value()), block) for block in tensor.blocks
-            ]
+            views = [tensor.view(np.asarray(params[block.path].get_value()), block) for block in tensor.blocks]
             return np.concatenate(views) if len(views) > 1 else views[0]
 
         return Source(np.dtype(params[tensor.blocks[0].path].dtype), tensor.shape, fetch)

@@ -20,18 +20,10 @@ EXAMPLES = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.epilog = EXAMPLES
-    parser.add_argument(
-        "what", nargs="*", help="ops of portable.ops or models of portable.models; without it, all ops"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="small inputs and few samples: does it run, and roughly"
-    )
-    parser.add_argument(
-        "--samples", type=int, metavar="N", help="runs of each program at least; 5 unless given"
-    )
-    parser.add_argument(
-        "--case", action="append", default=[], help="of an op: example arguments by name (repeatable)"
-    )
+    parser.add_argument("what", nargs="*", help="ops of portable.ops or models of portable.models; without it, all ops")
+    parser.add_argument("--quick", action="store_true", help="small inputs and few samples: does it run, and roughly")
+    parser.add_argument("--samples", type=int, metavar="N", help="runs of each program at least; 5 unless given")
+    parser.add_argument("--case", action="append", default=[], help="of an op: example arguments by name (repeatable)")
     parser.add_argument(
         "--implementation",
         action="append",
@@ -41,18 +33,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", help="of a model: a published size; the smallest unless given")
     parser.add_argument("--model", metavar="FOLDER", help="of a model: weights from a folder or the hub")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of a model: float32 on CPU, else bfloat16"
-    )
-    parser.add_argument(
-        "--batch", type=int, metavar="N", help="of a model: sequences at once; 1 unless given"
-    )
-    parser.add_argument(
-        "--prompt", type=int, metavar="N", help="of a model: tokens to read; 512 unless given"
-    )
-    parser.add_argument(
-        "--tokens", type=int, metavar="N", help="of a model: tokens to write; 64 unless given"
-    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a model: float32 on CPU, else bfloat16")
+    parser.add_argument("--batch", type=int, metavar="N", help="of a model: sequences at once; 1 unless given")
+    parser.add_argument("--prompt", type=int, metavar="N", help="of a model: tokens to read; 512 unless given")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of a model: tokens to write; 64 unless given")
     parser.add_argument("--json", action="store_true", help="print JSON, every sample included")
 
 
@@ -69,15 +53,11 @@ def run(args: argparse.Namespace) -> int:
             f"bench: there is no op or model called {unknown[0]!r}; ops: {', '.join(selection.ops())}; "
             f"models: {', '.join(MODELS)}."
         )
-    _check_applies(
-        args, [name for name in what if name in MODELS], [name for name in what if name not in MODELS]
-    )
+    _check_applies(args, [name for name in what if name in MODELS], [name for name in what if name not in MODELS])
     tables = [_model(name, args) if name in MODELS else _op(name, args) for name in what]
     if args.json:
         machine = {row[0]: row[1] for row in selection.info().rows}
-        print(
-            json.dumps({"machine": machine, "results": {title: rows for title, rows, _ in tables}}, indent=2)
-        )
+        print(json.dumps({"machine": machine, "results": {title: rows for title, rows, _ in tables}}, indent=2))
     else:
         for title, rows, columns in tables:
             show([_report(title, rows, columns)], as_json=False)
@@ -86,17 +66,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_applies(args: argparse.Namespace, models: list[str], ops: list[str]) -> None:
     of_models = [
-        name
-        for name in ("size", "model", "dtype", "batch", "prompt", "tokens")
-        if getattr(args, name) is not None
+        name for name in ("size", "model", "dtype", "batch", "prompt", "tokens") if getattr(args, name) is not None
     ]
     of_ops = [name for name in ("case", "implementation") if getattr(args, name)]
     if of_models and not models:
         raise PortableError(f"bench: --{of_models[0]} belongs to a model; name one: portable bench mamba2.")
     if of_ops and len(ops) != 1:
-        raise PortableError(
-            f"bench: --{of_ops[0]} belongs to one op; name it: portable bench ssd --{of_ops[0]} NAME."
-        )
+        raise PortableError(f"bench: --{of_ops[0]} belongs to one op; name it: portable bench ssd --{of_ops[0]} NAME.")
 
 
 def _op(name: str, args: argparse.Namespace) -> tuple[str, list[dict], dict[str, str]]:

@@ -1,7 +1,6 @@
 """`portable convert`: reads a checkpoint in one format and dtype and writes it in another."""
 
 import argparse
-from pathlib import Path
 
 EXAMPLES = """examples:
   portable convert state-spaces-folder out                      # as transformers reads it
@@ -31,10 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
     model = models.load(args.source, dtype=args.dtype and DTYPES[args.dtype])
     models.save(model, args.target, format=args.to)
-    written = Checkpoint(Path(args.target)).entries
+    written = Checkpoint(args.target).entries
     kinds = ", ".join(sorted({entry.dtype for entry in written.values()}))
     files = len({entry.file for entry in written.values()})
-    print(
-        f"{args.target}: config.json and {len(written)} tensors ({kinds}) in {files} file{'s' * (files > 1)}."
-    )
+    print(f"{args.target}: config.json and {len(written)} tensors ({kinds}) in {files} file{'s' * (files > 1)}.")
     return 0

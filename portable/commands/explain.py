@@ -27,9 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", help="example arguments by name; the first of --list unless given")
     parser.add_argument("--list", action="store_true", help="list the example arguments of the op")
     parser.add_argument("--implementation", metavar="NAME", help="ask for this implementation by name")
-    parser.add_argument(
-        "--markdown", action="store_true", help="every op in one table, a column for a platform"
-    )
+    parser.add_argument("--markdown", action="store_true", help="every op in one table, a column for a platform")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -29,13 +29,15 @@ _FILTERS = {
 _LARGEST_BYTE_VOCABULARY = 512
 
 
+# What a terminal would obey is shown instead: a model may write escape sequences.
+_VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n"} | dict.fromkeys(range(127, 160), 0xFFFD)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.epilog = EXAMPLES
     parser.add_argument("model", metavar="MODEL", help="folder of safetensors, or owner/name on the hub")
-    parser.add_argument(
-        "--prompt", default="", metavar="TEXT", help="text to continue; - reads standard input"
-    )
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue; - reads standard input")
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="tokens at most (default %(default)s)"
     )
@@ -123,7 +125,7 @@ def _first(bos: Any, separator: int, size: int) -> int:
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    print(text.translate(_VISIBLE) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _speed(tokens: int, to_first: float, rest: float) -> str:

@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import glob
 from pathlib import Path
 
 from portable.checks import ConfigError
+from portable.nn.stack import REMAT
 from portable.training.options import SCHEDULES, TrainOptions
 
 EXAMPLES = """examples:
@@ -57,28 +59,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--include", action="append", default=[], metavar="GLOB", help="only files that match, repeatable"
     )
-    text.add_argument(
-        "--exclude", action="append", default=[], metavar="GLOB", help="no files that match, repeatable"
-    )
+    text.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="no files that match, repeatable")
     text.add_argument("--no-held-out", action="store_true", help="train on everything")
     text.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; default: bytes")
-    model = parser.add_argument_group(
-        "model (default: a new byte-level Mamba-2 of about a million parameters)"
-    )
-    model.add_argument(
-        "--init", metavar="FOLDER", help="start from this model (a folder or a name on the hub)"
-    )
+    model = parser.add_argument_group("model (default: a new byte-level Mamba-2 of about a million parameters)")
+    model.add_argument("--init", metavar="FOLDER", help="start from this model (a folder or a name on the hub)")
     for name, default, line in _SIZES:
         model.add_argument(name, type=int, metavar="N", help=f"{line} (default {default})")
-    model.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation"
-    )
-    model.add_argument(
-        "--remat", default="none", help="what the backward pass recomputes (default %(default)s)"
-    )
-    model.add_argument(
-        "--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the final weights"
-    )
+    model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    model.add_argument("--remat", choices=REMAT, default="none", help="what the backward pass recomputes")
+    model.add_argument("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the final weights")
     training = parser.add_argument_group("training")
     for field in dataclasses.fields(TrainOptions):
         default = None if field.name == "warmup" else field.default
@@ -90,9 +80,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             metavar=None if field.name == "schedule" else "N" if isinstance(field.default, int) else "X",
             help=_HELP[field.name] + ("" if default is None else " (default %(default)s)"),
         )
-    training.add_argument(
-        "--max-minutes", type=float, metavar="X", help="stop with a checkpoint after this time"
-    )
+    training.add_argument("--max-minutes", type=float, metavar="X", help="stop with a checkpoint after this time")
     parser.add_argument("--quiet", action="store_true", help="show nothing while training")
 
 
@@ -106,9 +94,8 @@ def run(args: argparse.Namespace) -> int:
         values["warmup"] = min(100, args.steps // 10)
     options = TrainOptions(**values)
     tokenizer = training.load_tokenizer(args.tokenizer)
-    text = training.read_text(
-        args.text, include=args.include, exclude=args.exclude, hold_out=not args.no_held_out
-    )
+    exclude = [*args.exclude, *_own_files(args.text, args.out)]
+    text = training.read_text(args.text, include=args.include, exclude=exclude, hold_out=not args.no_held_out)
     model = _model(args, tokenizer)
     show = reporter(args.quiet)
     show.note(text.summary())
@@ -125,13 +112,17 @@ def run(args: argparse.Namespace) -> int:
     )
     folder = Path(args.out)
     if done.status != "finished":
-        show.note(
-            f"{done.status} after step {done.step} of {options.steps}; the same command continues from there."
-        )
+        show.note(f"{done.status} after step {done.step} of {options.steps}; the same command continues from there.")
         return 130 if done.status == "stopped" else 0
     held = f", held out {done.held_out:.3f} bits per byte" if done.held_out is not None else ""
     show.note(f"finished{held}; model in {folder / 'model'}, loss curve in {folder / 'loss.png'}")
     return 0
+
+
+def _own_files(text: str, out: str) -> list[str]:
+    """Returns a glob for the run's folder where it lies inside the folder of the text: it grows with every step."""
+    folder, run = Path(text).resolve(), Path(out).resolve()
+    return [glob.escape(run.relative_to(folder).as_posix()) + "/*"] if folder in run.parents else []
 
 
 def _model(args: argparse.Namespace, tokenizer):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from portable.checks import PortableError
 from portable.generation import prompts as given
-from portable.generation.programs import CAPACITY, Rules, Span, Written, first, prepared
+from portable.generation.programs import CAPACITY, Rules, Span, Written, draw, first, prepared
 
 # Streamed blocks grow until one takes about this long: often enough to watch, seldom enough to cost nothing.
 _SECONDS_PER_BLOCK = 0.15
@@ -91,7 +91,7 @@ def generate(
     options = given.options(temperature, top_k, top_p, min_p, repetition_penalty)
     rules = Rules(options, given.end_tokens(eos_id, vocab_size), given.pad_token(pad_id))
     tokens, lengths = given.pack(prompts, vocab_size)
-    keys = given.random_key(key, len(tokens), needed=bool(options.temperature > 0))
+    keys = given.random_key(key, len(tokens)) if options.temperature > 0 else None
 
     result = np.full((len(tokens), n), rules.pad, np.int32)
     for written in _run(model, tokens, lengths, rules, keys, n, streaming=stream is not None):
@@ -114,7 +114,7 @@ def _run(
     tokens: np.ndarray,
     lengths: np.ndarray,
     rules: Rules,
-    keys: jax.Array,
+    keys: jax.Array | None,
     n: int,
     *,
     streaming: bool,
@@ -126,9 +126,15 @@ def _run(
     the first block.
     """
     programs, leaves = prepared(model)
+    b = len(tokens)
+    nothing = np.zeros((CAPACITY, b, 2), np.float32)
+
+    def uniform(begin: int) -> Any:
+        return nothing if keys is None else draw(keys, np.int32(begin), b)
+
     logits, state = programs.prefill(leaves, tokens, lengths)
     prompt = None if rules.options.repetition_penalty is None else (tokens, lengths)
-    written, seen = first(logits, keys, prompt, rules)
+    written, seen = first(logits, uniform(0), prompt, rules)
     bound, size = 1, _FIRST_STREAMED_BLOCK
     before = None
     while bound < n:
@@ -136,9 +142,11 @@ def _run(
         start = 0 if together else bound
         end = min(n, bound + size if streaming else start + CAPACITY)
         span = Span(np.int32(start), np.int32(bound), np.int32(end))
-        coming, (state, seen) = programs.decode(leaves, (state, seen), written.rows, written.block, rules, span)
+        coming, (state, seen) = programs.decode(
+            leaves, (state, seen), written.rows, written.block, uniform(bound), rules, span
+        )
         if not together:
-            ready = _to_host(written)
+            ready = jax.device_get(written)
             yield ready
             if ready.rows.done.all():
                 return
@@ -147,12 +155,7 @@ def _run(
                 size = _next_size(int(ready.stop - ready.start), now - before)
             before = now
         written, bound = coming, end
-    yield _to_host(written)
-
-
-def _to_host(written: Written) -> Written:
-    rows = written.rows._replace(keys=None)
-    return jax.device_get(written._replace(rows=rows))
+    yield jax.device_get(written)
 
 
 def _next_size(tokens: int, seconds: float) -> int:

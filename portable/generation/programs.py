@@ -1,14 +1,16 @@
 """The compiled programs of a model: prefill, and the loop that steps and chooses on the device.
 
 Three programs serve a call: `prefill` (compiled for each batch size and prompt bucket), `first` (chooses the
-first token) and `decode` (a while loop of step and choice, compiled for each batch size). Everything a caller
-may vary from call to call (number of tokens, temperature, filters' values, end tokens, key) is an argument.
+first token) and `decode` (a while loop of step and choice, compiled for each batch size); a fourth, `draw`,
+makes random numbers where some are needed. Everything a caller may vary from call to call (number of tokens,
+temperature, filters' values, end tokens, key) is an argument.
 
 `decode` runs until every row has ended or a bound is reached that is an argument too, and returns what it
 wrote. Streaming calls it with near bounds, everything else with far ones: the same program, hence the same
 tokens.
 """
 
+import functools
 import weakref
 from typing import Any, NamedTuple, Protocol
 
@@ -52,7 +54,6 @@ class Rows(NamedTuple):
     done: jax.Array  # [b] bool
     lengths: jax.Array  # [b]
     broken_at: jax.Array  # [b] index of the first token whose logits were not finite, or -1
-    keys: jax.Array  # [b]
 
 
 class Rules(NamedTuple):
@@ -80,13 +81,35 @@ class Written(NamedTuple):
     rows: Rows
 
 
+@functools.partial(jax.jit, static_argnames="b")
+def draw(keys: jax.Array, begin: jax.typing.ArrayLike, b: int) -> jax.Array:
+    """Random numbers for the tokens from `begin` on, of b rows that each have a key of their own.
+
+    Apart from the loop, so that who never samples does not compile a generator, and who does, compiles it
+    once for all models.
+
+    Args:
+      keys: [b], or [] to be folded with the row's index.
+      begin: index of the first token.
+      b: number of rows.
+
+    Returns:
+      [CAPACITY, b, 2] float32 uniform in [0, 1): the key of the row folded with the index of the token.
+    """
+    rows = keys if keys.ndim else jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(b))
+
+    def one(i: jax.Array, key: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, i), (2,))
+
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(begin + jnp.arange(CAPACITY), rows)
+
+
 @jax.jit
 def first(
-    logits: jax.Array, keys: jax.Array, prompt: tuple[jax.Array, jax.Array] | None, rules: Rules
+    logits: jax.Array, uniform: jax.Array, prompt: tuple[jax.Array, jax.Array] | None, rules: Rules
 ) -> tuple[Written, jax.Array | None]:
     """Chooses each row's first token from the prompt's logits [b, v]."""
     b, v = logits.shape
-    keys = keys if keys.ndim else jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(b))
     seen = None
     if prompt is not None:
         tokens, lengths = prompt
@@ -94,25 +117,26 @@ def first(
         real = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, v)
         seen = jnp.zeros((b, v), bool).at[jnp.arange(b)[:, None], real].set(True, mode="drop")
     zeros = jnp.zeros(b, jnp.int32)
-    rows = Rows(zeros, jnp.zeros(b, bool), zeros, zeros - 1, keys)
-    out, rows, seen = _emit(logits, 0, rows, seen, rules)
+    rows = Rows(zeros, jnp.zeros(b, bool), zeros, zeros - 1)
+    out, rows, seen = _emit(logits, 0, uniform[0], rows, seen, rules)
     block = jnp.zeros((CAPACITY, b), jnp.int32).at[0].set(out)
     return Written(block, jnp.int32(0), jnp.int32(1), rows), seen
 
 
 def _emit(
-    logits: jax.Array, i: jax.typing.ArrayLike, rows: Rows, seen: jax.Array | None, rules: Rules
+    logits: jax.Array,
+    i: jax.typing.ArrayLike,
+    uniform: jax.Array,
+    rows: Rows,
+    seen: jax.Array | None,
+    rules: Rules,
 ) -> tuple[jax.Array, Rows, jax.Array | None]:
     """Chooses the i-th new token of rows that have not ended: what to write [b], and what to keep."""
     logits = logits.astype(jnp.float32)
     finite = jnp.isfinite(jnp.max(logits, axis=-1))
     if seen is not None:
         logits = penalized(logits, seen, rules.options.repetition_penalty)
-
-    def draws() -> jax.Array:
-        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, i), (2,)))(rows.keys)
-
-    chosen = choose(logits, rules.options, draws)
+    chosen = choose(logits, rules.options, uniform)
     live = ~rows.done
     token = jnp.where(live, chosen, rows.token)
     if seen is not None:
@@ -122,7 +146,6 @@ def _emit(
         done=rows.done | ~finite | jnp.any(token[:, None] == rules.eos, axis=-1),
         lengths=rows.lengths + live,
         broken_at=jnp.where(live & ~finite, i, rows.broken_at),
-        keys=rows.keys,
     )
     return jnp.where(live, chosen, rules.pad), kept, seen
 
@@ -151,6 +174,7 @@ class Programs:
             held: tuple[Any, jax.Array | None],
             rows: Rows,
             block: jax.Array,
+            uniform: jax.Array,
             rules: Rules,
             span: Span,
         ) -> tuple[Written, tuple[Any, jax.Array | None]]:
@@ -163,7 +187,8 @@ class Programs:
             def one_token(carry: tuple) -> tuple:
                 i, (state, seen), rows, block = carry
                 logits, state = model.step(rows.token, state)
-                out, rows, seen = _emit(logits, i, rows, seen, rules)
+                drawn = lax.dynamic_index_in_dim(uniform, i - span.begin, keepdims=False)
+                out, rows, seen = _emit(logits, i, drawn, rows, seen, rules)
                 block = lax.dynamic_update_index_in_dim(block, out, i - span.start, 0)
                 return i + 1, (state, seen), rows, block
 

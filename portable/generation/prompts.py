@@ -131,14 +131,8 @@ def end_tokens(eos_id: Any, vocab_size: int) -> np.ndarray:
     return np.array(ids + [-1] * (slots - len(ids)), np.int32)
 
 
-def random_key(key: Any, rows: int, needed: bool) -> jax.Array:
-    """Checks `key`; where none is needed, gives a constant one so that the program stays the same.
-
-    Returns:
-      a typed key, of shape [] or [rows].
-    """
-    if not needed:
-        return jax.random.key(0)
+def random_key(key: Any, rows: int) -> jax.Array:
+    """Checks `key`; returns typed keys of shape [] or [rows]."""
     if key is None:
         raise ValueError(
             "generate: sampling (temperature > 0) needs a random key; got key=None; "

@@ -119,7 +119,9 @@ class Mamba2(nnx.Module):
         self.in_x = linear(d, inner, ("embed", "inner"))
         self.in_B = linear(d, groups, ("embed", "groups"))
         self.in_C = linear(d, groups, ("embed", "groups"))
-        self.in_dt = linear(d, num_heads, ("embed", "heads"), preferred_element_type=jnp.float32)
+        self.in_dt = linear(
+            d, num_heads, ("embed", "heads"), preferred_element_type=jnp.promote_types(jnp.float32, dtype)
+        )
         self.conv_x, self.conv_B, self.conv_C = conv(inner, "inner"), conv(groups, "groups"), conv(groups, "groups")
 
         low, high = dt_range

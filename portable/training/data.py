@@ -111,11 +111,7 @@ class Batches:
                 "training needs the package `grain`, not installed here: pip install 'portable-jax[train]'."
             ) from error
         self._dataset = (
-            grain.MapDataset.source(windows)
-            .seed(seed)
-            .shuffle()
-            .repeat(None, reseed_each_epoch=True)
-            .batch(batch_size)
+            grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None, reseed_each_epoch=True).batch(batch_size)
         )
 
     def __getitem__(self, step: int) -> Batch:

@@ -46,9 +46,7 @@ def claim(folder: Path, description: dict[str, Any], information: dict[str, Any]
             return []
         saved = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be used for a run: {error.strerror}; give another --out."
-        ) from error
+        raise CheckpointError(f"{folder} cannot be used for a run: {error.strerror}; give another --out.") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); restore it or give another --out.") from error
     before = saved.pop("information", {}) if isinstance(saved, dict) else {}

@@ -36,7 +36,7 @@ class Run:
     """How a call of `fit` ended.
 
     Attributes:
-      status: "finished", "stopped" (Ctrl-C or SIGTERM) or "out of time".
+      status: "finished", "stopped" (Ctrl-C, SIGTERM or `until`) or "out of time".
       step: steps done, all calls together.
       loss: of the last step, nats a token; None if this call made none.
       held_out: bits per byte of held-out text at the end, if there is any and the run finished.
@@ -61,6 +61,7 @@ def fit(
     tokenizer: Tokenizer | None = None,
     reporter: Silent | None = None,
     max_minutes: float | None = None,
+    until: int | None = None,
     save_dtype: str = "float32",
 ) -> Run:
     """Trains a model on text, or continues the run in `folder` that the same arguments began.
@@ -77,6 +78,7 @@ def fit(
       tokenizer: the byte tokenizer by default.
       reporter: shows progress; nothing by default.
       max_minutes: stop with a checkpoint after this time.
+      until: stop with a checkpoint after this step; the schedule is still that of all the steps.
       save_dtype: of the weights in `folder/model` at the end.
 
     Raises:
@@ -86,7 +88,9 @@ def fit(
     """
     began = time.monotonic()
     return _Loop(model, text, options, Path(folder), tokenizer or ByteTokenizer(), reporter or Silent()).run(
-        began + 60 * max_minutes if max_minutes is not None else math.inf, save_dtype
+        began + 60 * max_minutes if max_minutes is not None else math.inf,
+        options.steps if until is None else min(until, options.steps),
+        save_dtype,
     )
 
 
@@ -113,28 +117,24 @@ class _Loop:
         self.step = 0
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
 
-    def run(self, deadline: float, save_dtype: str) -> Run:
+    def run(self, deadline: float, until: int, save_dtype: str) -> Run:
         with contextlib.ExitStack() as cleanup:
             if self.lock is not None:
                 cleanup.enter_context(self.lock)
             checkpoints = TrainingCheckpoints(self.folder / "checkpoints")
             cleanup.callback(checkpoints.close)
             self._resume(checkpoints)
-            self.log = cleanup.enter_context(
-                contextlib.closing(Log(self.folder / "log.jsonl", after=self.step))
-            )
+            self.log = cleanup.enter_context(contextlib.closing(Log(self.folder / "log.jsonl", after=self.step)))
             self.reporter.start(self.step, self.options.steps)
             cleanup.callback(self.reporter.close)
-            with _Stop(self.reporter) as stop:
-                status = self._steps(checkpoints, stop, deadline)
+            with _Stop() as stop:
+                status = self._steps(checkpoints, stop, deadline, until)
                 checkpoints.wait()
             return self._end(status, save_dtype)
 
     def _resume(self, checkpoints: TrainingCheckpoints) -> None:
         for name in checkpoints.interrupted:
-            self.reporter.note(
-                f"{name} in {checkpoints.folder} was interrupted while being written; it is ignored."
-            )
+            self.reporter.note(f"{name} in {checkpoints.folder} was interrupted while being written; it is ignored.")
         found = checkpoints.restore(jax.eval_shape(lambda: self.state))
         if found is not None:
             state, self.step, notes = found
@@ -143,11 +143,11 @@ class _Loop:
                 self.reporter.note(note)
             self.reporter.note(f"continuing after step {self.step} of {self.options.steps}")
 
-    def _steps(self, checkpoints: TrainingCheckpoints, stop: "_Stop", deadline: float) -> str:
+    def _steps(self, checkpoints: TrainingCheckpoints, stop: "_Stop", deadline: float, until: int) -> str:
         options, first = self.options, self.step + 1
         train = make_step(self.graphdef, self.rest, options)
         self.clock = time.monotonic()
-        for step in range(first, options.steps + 1):
+        for step in range(first, until + 1):
             self.state, metrics = train(self.state, self.batches[step - 1])
             self.step = step
             self.pending.append((step, metrics))
@@ -157,7 +157,9 @@ class _Loop:
                 self.pending[-1 - _AHEAD][1]["loss"].block_until_ready()
             # Asked once a step: a request that comes later in the step must not end the run before its save.
             asked, late = stop.asked, time.monotonic() >= deadline
-            last = step == options.steps
+            if asked:
+                self.reporter.note(f"stopping after step {step}; Ctrl-C again stops without a checkpoint")
+            last = step == until
             due = bool(options.eval_every) and step % options.eval_every == 0
             save = last or asked or late or step % options.checkpoint_every == 0
             if save or due or step == first or step % options.log_every == 0:
@@ -166,7 +168,7 @@ class _Loop:
                 checkpoints.save(step, self.state)
             if not last and (asked or late):
                 return "stopped" if asked else "out of time"
-        return "finished"
+        return "finished" if self.step >= options.steps else "stopped"
 
     def _flush(self, *, rate: bool, evaluate: bool) -> None:
         """Fetches the losses since the last time, logs and shows them."""
@@ -197,9 +199,7 @@ class _Loop:
                 f"another folder with a learning rate below {self.options.learning_rate:g}."
             )
         loss = sum(r["loss"] for r in records) / len(records)
-        self.reporter.report(
-            Report(self.step, self.options.steps, loss, loss * self.bits_per_nat, speed, left, held)
-        )
+        self.reporter.report(Report(self.step, self.options.steps, loss, loss * self.bits_per_nat, speed, left, held))
         self.clock = time.monotonic()
 
     def _evaluate(self) -> float:
@@ -227,9 +227,7 @@ class _Loop:
                 title=f"{self.folder.name}: bits per byte over {self.step} steps",
             )
         except ImportError:
-            self.reporter.note(
-                "no loss curve was drawn: pip install 'portable-jax[train]' brings matplotlib."
-            )
+            self.reporter.note("no loss curve was drawn: pip install 'portable-jax[train]' brings matplotlib.")
         except OSError as error:
             self.reporter.note(f"the loss curve could not be written to {self.folder}: {error.strerror}.")
 
@@ -237,9 +235,8 @@ class _Loop:
 class _Stop:
     """Turns the first Ctrl-C or SIGTERM into a request; the second Ctrl-C interrupts as usual."""
 
-    def __init__(self, reporter: Silent):
+    def __init__(self):
         self.asked = False
-        self._reporter = reporter
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Stop":
@@ -251,8 +248,7 @@ class _Stop:
     def _ask(self, number, frame) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
-        self._reporter.note("stopping after this step; once more to stop without a checkpoint")
+        self.asked = True  # nothing is printed here: the signal may have come in the middle of a print
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():

@@ -66,9 +66,7 @@ def bits_per_byte(
     whole = [d if isinstance(d, Document) else Document("", d) for d in documents]
     whole = [d for d in whole if d.data]
     if not whole:
-        raise DataError(
-            "bits per byte needs text, got no documents or only empty ones: give at least one byte."
-        )
+        raise DataError("bits per byte needs text, got no documents or only empty ones: give at least one byte.")
     rows = sorted((_sequence(d, tokenizer) for d in whole), key=len)
     batch_size = min(batch_size, len(rows))
     model = unstack(model)  # only layers one by one carry a state

@@ -61,9 +61,7 @@ class TrainOptions:
             self._rule(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
         self._rule("final_fraction", 0 <= self.final_fraction <= 1, "must be between 0 and 1")
         self._rule("schedule", self.schedule in SCHEDULES, f"must be one of {', '.join(SCHEDULES)}")
-        self._rule(
-            "accumulate", self.batch_size % self.accumulate == 0, f"must divide batch_size {self.batch_size}"
-        )
+        self._rule("accumulate", self.batch_size % self.accumulate == 0, f"must divide batch_size {self.batch_size}")
         self._rule("warmup", self.warmup <= self.steps, f"must not exceed the {self.steps} steps")
 
     def _rule(self, name: str, holds: bool, rule: str) -> None:

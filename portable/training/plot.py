@@ -26,9 +26,7 @@ def loss_curve(records: Sequence[dict], path: str | Path, *, bits_per_nat: float
     axes.plot(steps, train, color="#4878a8", alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth(train), color="#1f4e79", linewidth=1.8, label="training, smoothed")
     if held:
-        axes.plot(
-            *zip(*held, strict=True), "o-", color="#c4541b", markersize=4, linewidth=1.2, label="held out"
-        )
+        axes.plot(*zip(*held, strict=True), "o-", color="#c4541b", markersize=4, linewidth=1.2, label="held out")
         axes.annotate(
             f"{held[-1][1]:.3f}",
             held[-1],

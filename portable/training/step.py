@@ -81,9 +81,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
       (sum in nats [] float32, number of targets [] int32).
     """
     real = targets != IGNORE
-    nats = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(real, targets, 0)
-    )
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(real, targets, 0))
     return jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(real, dtype=jnp.int32)
 
 

@@ -98,16 +98,12 @@ def read_text(
     else:
         document, reason = _read(path, path.name)
         if document is None:
-            raise DataError(
-                f"{path} cannot be trained on: the file is {reason}; give a text file or a folder of them."
-            )
+            raise DataError(f"{path} cannot be trained on: the file is {reason}; give a text file or a folder of them.")
         documents, skipped = [document], []
     return split(documents, hold_out=hold_out, skipped=skipped)
 
 
-def split(
-    documents: Sequence[Document], *, hold_out: bool = True, skipped: Sequence[tuple[str, str]] = ()
-) -> Text:
+def split(documents: Sequence[Document], *, hold_out: bool = True, skipped: Sequence[tuple[str, str]] = ()) -> Text:
     """Splits documents into training and held-out parts by the rule of `read_text`."""
     if not hold_out:
         return Text(tuple(documents), (), "", tuple(skipped))

@@ -78,13 +78,9 @@ class FileTokenizer:
             text = path.read_text("utf-8")
             json.loads(text)["model"]
         except OSError as error:
-            raise DataError(
-                f"tokenizer {path} cannot be read: {error.strerror}; give a tokenizer.json."
-            ) from error
+            raise DataError(f"tokenizer {path} cannot be read: {error.strerror}; give a tokenizer.json.") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} is not a tokenizer.json (JSON with a `model` entry): give one."
-            ) from error
+            raise DataError(f"{path} is not a tokenizer.json (JSON with a `model` entry): give one.") from error
         self._engine = Engine.from_str(text)
         self._engine.encode_special_tokens = True
         self._engine.no_padding()

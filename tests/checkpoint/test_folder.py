@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from portable.checkpoint import folder as folders
 from portable.checkpoint.folder import INDEX, SINGLE, Checkpoint, Source, write
 from portable.checks import CheckpointError
+from tests.oracles import ROOT, child, need
 
 TENSORS = {
     "small": np.arange(3, dtype=ml_dtypes.bfloat16),
@@ -132,8 +133,8 @@ def test_full_disk_changes_nothing(tmp_path, monkeypatch, before, after):
 
 def test_file_size_limit_of_the_system_changes_nothing(tmp_path):
     _write(tmp_path)
-    code = """
-        import resource, signal, sys
+    code = f"""
+        import resource, signal
         from pathlib import Path
         import numpy as np
         from portable.checkpoint.folder import Source, write
@@ -142,14 +143,11 @@ def test_file_size_limit_of_the_system_changes_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         big = np.zeros(10_000, np.float32)
         try:
-            write(Path(sys.argv[1]), {}, {"big": Source(big.dtype, big.shape, lambda: big)}, 10**9)
+            write(Path({str(tmp_path)!r}), {{}}, {{"big": Source(big.dtype, big.shape, lambda: big)}}, 10**9)
         except CheckpointError as fault:
             print(fault)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True
-    )
-    assert "File too large" in done.stdout, done.stderr
+    assert "File too large" in child(textwrap.dedent(code))
     _assert_equal(_read(tmp_path), TENSORS)
     assert _names(tmp_path) == ["config.json", SINGLE]
 
@@ -203,20 +201,26 @@ def test_killed_at_a_random_moment_leaves_old_or_new_weights(tmp_path):
         from pathlib import Path
         import numpy as np
         from portable.checkpoint.folder import Source, write
+        print("ready", flush=True)
         for i in itertools.count(1):
             tensors = {n: np.full((300, 300), i, np.float32) for n in "abcdef"}
             sources = {n: Source(a.dtype, a.shape, lambda a=a: a) for n, a in tensors.items()}
             write(Path(sys.argv[1]), {"i": i}, sources, 400_000 if i % 2 else 10**9)
     """
-    rng = np.random.default_rng()
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    _write(tmp_path, {"a": np.zeros((1, 1), np.float32)})
+    written = []
     for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)])
-        while not (tmp_path / "config.json").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(1 + rng.random())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert len({float(array[0, 0]) for array in _read(tmp_path).values()}) == 1
+        with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE) as process:
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(rng.uniform(0, 0.5))
+            process.send_signal(signal.SIGKILL)
+        (value,) = {float(array[0, 0]) for array in _read(tmp_path).values()}
+        written.append(value)
+    assert len(set(written)) > 5
 
 
 def test_truncated_file_is_told(tmp_path):
@@ -258,9 +262,7 @@ def test_index_that_names_absent_tensors(tmp_path):
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content, sentence", [("{", "is not JSON"), ("[]", "JSON object"), ("{}", "weight_map")]
-)
+@pytest.mark.parametrize("content, sentence", [("{", "is not JSON"), ("[]", "JSON object"), ("{}", "weight_map")])
 def test_broken_index(tmp_path, content, sentence):
     _sharded(tmp_path)
     (tmp_path / INDEX).write_text(content)
@@ -279,9 +281,7 @@ def test_index_cannot_point_outside_its_folder(tmp_path):
 def test_several_files_without_an_index(tmp_path):
     for name in "ab":
         save_file({name: np.zeros(2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"several safetensors files and no .*a.safetensors, b.safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"several safetensors files and no .*a.safetensors, b.safetensors"):
         Checkpoint(tmp_path)
 
 
@@ -299,14 +299,10 @@ def test_empty_folder(tmp_path):
 
 
 def test_conversion_snippet_works_as_printed(tmp_path, monkeypatch):
-    from tests.oracles import need
-
     torch = need("torch")
     monkeypatch.chdir(tmp_path)
     shared = torch.randn(4, 3)
     torch.save({"embedding": shared, "head": shared, "rows": shared[1:]}, "pytorch_model.bin")
     snippet = textwrap.dedent(folders.HOW_TO_CONVERT.split("\n\n")[1])
     exec(compile(snippet, "snippet", "exec"), {})
-    _assert_equal(
-        _read(tmp_path), {"embedding": shared.numpy(), "head": shared.numpy(), "rows": shared[1:].numpy()}
-    )
+    _assert_equal(_read(tmp_path), {"embedding": shared.numpy(), "head": shared.numpy(), "rows": shared[1:].numpy()})

@@ -69,9 +69,7 @@ def test_only_safetensors_and_json_are_downloaded(hub, tmp_path):
 
 def test_hub_with_pickles_only(hub, tmp_path):
     hub(lambda name, **options: str(tmp_path))
-    with pytest.raises(
-        CheckpointError, match=r"(?s)no safetensors file on the hub.*hf download owner/name.*save_file"
-    ):
+    with pytest.raises(CheckpointError, match=r"(?s)no safetensors file on the hub.*hf download owner/name.*save_file"):
         locate("owner/name")
 
 

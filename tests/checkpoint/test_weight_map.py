@@ -25,9 +25,7 @@ def test_dot_of_a_template_is_a_dot():
 
 def test_fused_tensor_is_the_row_blocks_of_its_parameters_in_order():
     rule = Rule("qkv.weight", ("q.kernel", "k.kernel", "v.kernel"), transposed)
-    tensor = _by_name(WeightMap((rule,)), {"k.kernel": (4, 2), "v.kernel": (4, 1), "q.kernel": (4, 3)})[
-        "qkv.weight"
-    ]
+    tensor = _by_name(WeightMap((rule,)), {"k.kernel": (4, 2), "v.kernel": (4, 1), "q.kernel": (4, 3)})["qkv.weight"]
     assert tensor.shape == (6, 4)
     assert [(b.path, b.start, b.stop) for b in tensor.blocks] == [
         ("q.kernel", 0, 3),

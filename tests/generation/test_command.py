@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -56,6 +57,22 @@ def test_prompt_from_standard_input_and_none_at_all(bytes_model, capsys, monkeyp
     assert cli.main(["generate", str(folder), "--prompt", "-", *short]) == 0
     assert capsys.readouterr().out == expected
     assert cli.main(["generate", str(folder), *short]) == 0
+
+
+def test_a_terminal_sees_the_prompt_and_no_escape_sequences(tmp_path, capsys, monkeypatch):
+    folder, model = tmp_path, saved(tmp_path)
+    model.embed.embedding[...] *= 0
+    monkeypatch.setattr(models, "load", lambda folder, dtype: model)
+    options = ["--ignore-eos", "--temperature", "1", "--max-new-tokens", "2000"]  # all bytes equally likely
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert cli.main(["generate", str(folder), "--prompt", "né\x1b[31m", *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("né\N{SYMBOL FOR ESCAPE}[31m")
+    assert out.endswith("\n")
+    assert not [c for c in out if unicodedata.category(c) == "Cc" and c not in "\t\n"]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False)
+    assert cli.main(["generate", str(folder), "--prompt", "né", *options]) == 0
+    assert "\x1b" in capsys.readouterr().out
 
 
 def test_with_a_tokenizer(tmp_path, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from portable import models
+from portable.nn.norm import ACTIVATIONS
 from tests.models import mamba2_oracle as oracle
 from tests.oracles import need
 
@@ -51,7 +52,14 @@ def test_cases_cover_every_option_of_transformers():
         for option in options
         if len({str((oracle.BASE | case).get(option)) for case in oracle.CASES.values()}) > 1
     }
-    assert options - varied - without_effect <= {"vocab_size", "hidden_size"}
+    assert options - varied - without_effect <= {"vocab_size", "hidden_size", "num_hidden_layers"}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_transformers(name):
+    x = np.linspace(-8, 8, 999, dtype=np.float32)
+    want = transformers.activations.ACT2FN[name](torch.tensor(x))
+    np.testing.assert_allclose(ACTIVATIONS[name](x), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["groups, untied head", "limits on dt"])
@@ -76,7 +84,7 @@ def test_transformers_loads_a_padded_state_spaces_model(tmp_path):
     original, converted = tmp_path / "original", tmp_path / "converted"
     original.mkdir()
     need("safetensors.torch").save_file(tensors, original / "model.safetensors")
-    layer = {"layer": "Mamba2", "d_state": 16, "headdim": 8}
+    layer = {"layer": "Mamba2", "d_state": 16, "headdim": 8, "chunk_size": 16}
     config = {"d_model": 32, "n_layer": 2, "vocab_size": 85, "pad_vocab_size_multiple": 16, "ssm_cfg": layer}
     (original / "config.json").write_text(json.dumps(config))
     models.save(models.load(original), converted)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import portable
-from portable.parity import programs
+from portable import parity
+from portable.parity import hlo, programs
 from portable.selection import ops
 
 
@@ -50,3 +51,54 @@ def test_unknown_names():
         programs.op("no_such_op", "plain")
     with pytest.raises(ValueError, match="rms_norm has no case 'no_such_case'; there are: plain"):
         programs.op("rms_norm", "no_such_case")
+
+
+TINY = {
+    "model_type": "mamba2",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_heads": 4,
+    "head_dim": 8,
+    "state_size": 8,
+    "n_groups": 2,
+}
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_works_of_a_model_fit_together(dtype):
+    b, t, v = 2, 12, TINY["vocab_size"]
+
+    def program(work):
+        return programs.model("mamba2", TINY, work, dtype=dtype, batch=b, length=t)
+
+    forward, prefill, decode, train = (program(w) for w in ("forward", "prefill", "decode", "train"))
+    assert shapes(jax.eval_shape(forward.fn, *forward.args)) == ((b, t, v), jnp.float32)
+    logits, state = jax.eval_shape(prefill.fn, *prefill.args)
+    assert shapes(logits) == ((b, v), jnp.float32)
+    # The state that prefill leaves is the one that decoding takes and gives back, in place.
+    assert shapes(state) == shapes(decode.args[2]) == shapes(jax.eval_shape(decode.fn, *decode.args)[1])
+    assert decode.donate == (2,)
+    assert {x.dtype for x in jax.tree.leaves(decode.args[0])} == {jnp.dtype(dtype)}
+    after, metrics = jax.eval_shape(train.fn, *train.args)
+    assert shapes(after) == shapes(train.args[0])
+    assert {x.dtype for x in jax.tree.leaves(train.args[0].params)} == {jnp.dtype("float32")}
+    assert metrics["loss"].shape == ()
+
+
+def test_a_training_step_reuses_the_state_it_is_given():
+    program = programs.model("mamba2", TINY, "train", batch=2, length=12)
+    compiled = parity.compile_for("cpu", program.fn, *program.args, donate_argnums=program.donate)
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.args[0]))
+    assert hlo.memory(compiled)["alias"] == state
+
+
+def test_unknown_models_and_work():
+    with pytest.raises(ValueError, match="no model called 'mamba3'; there are: mamba2"):
+        programs.model("mamba3", TINY, "forward")
+    with pytest.raises(ValueError, match="work must be forward, prefill, decode or train; got 'serve'"):
+        programs.model("mamba2", TINY, "serve")

@@ -14,9 +14,7 @@ from portable.training.text import Document
 from portable.training.tokens import ByteTokenizer, load_tokenizer
 from tests.oracles import need
 
-TEXTS = st.lists(
-    st.binary(min_size=1, max_size=40).map(lambda b: b.replace(b"\0", b"?")), min_size=1, max_size=6
-)
+TEXTS = st.lists(st.binary(min_size=1, max_size=40).map(lambda b: b.replace(b"\0", b"?")), min_size=1, max_size=6)
 
 
 def walk(texts: list[bytes]) -> list[tuple[int, int, int]]:

@@ -81,9 +81,7 @@ def test_steps_are_adamw_with_clipping_and_decay_of_the_matrix_only(accumulate):
             first[i] = options.beta1 * first[i] + (1 - options.beta1) * g
             second[i] = options.beta2 * second[i] + (1 - options.beta2) * g**2
             hats = first[i] / (1 - options.beta1**t), second[i] / (1 - options.beta2**t)
-            values[i] = values[i] - rate * (
-                hats[0] / (np.sqrt(hats[1]) + options.epsilon) + decay * values[i]
-            )
+            values[i] = values[i] - rate * (hats[0] / (np.sqrt(hats[1]) + options.epsilon) + decay * values[i])
         state, metrics = step(state, data)
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
         assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-5)
@@ -111,9 +109,7 @@ def test_the_loss_is_float32_whatever_the_logits_are():
     total, count = cross_entropy(logits, targets)
     wide = np.asarray(logits, np.float64)
     expected = sum(
-        np.log(np.exp(wide[0, i]).sum()) - wide[0, i, target]
-        for i, target in enumerate([1, 2, None, 4, 299])
-        if target
+        np.log(np.exp(wide[0, i]).sum()) - wide[0, i, target] for i, target in enumerate([1, 2, None, 4, 299]) if target
     )
     assert total.dtype == jnp.float32
     assert float(total) == pytest.approx(expected, rel=1e-6)

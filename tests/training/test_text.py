@@ -17,9 +17,7 @@ def test_a_folder_is_read_recursively_and_what_is_no_text_is_named(tmp_path):
     (tmp_path / "sub" / "deep").mkdir(parents=True)
     (tmp_path / ".git").mkdir()
     (tmp_path / "b.txt").write_bytes(b"bee")
-    (tmp_path / "sub" / "deep" / "a.txt").write_bytes(
-        "ümlaut".encode("latin-1")
-    )  # not UTF-8: bytes are bytes
+    (tmp_path / "sub" / "deep" / "a.txt").write_bytes("ümlaut".encode("latin-1"))  # not UTF-8: bytes are bytes
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
@@ -44,9 +42,7 @@ def test_globs_select_files(tmp_path):
 def test_files_are_held_out_by_the_hash_of_their_path():
     documents = [Document(f"folder/{i}.txt", b"x" * 100) for i in range(400)]
     text = split(documents)
-    expected = {
-        d.name for d in documents if int.from_bytes(hashlib.sha256(d.name.encode()).digest(), "big") % 20 == 0
-    }
+    expected = {d.name for d in documents if int.from_bytes(hashlib.sha256(d.name.encode()).digest(), "big") % 20 == 0}
     assert 8 <= len(expected) <= 40
     assert set(names(text.held_out)) == expected
     assert set(names(text.train)) == set(names(documents)) - expected
@@ -122,7 +118,5 @@ def test_the_standard_library_is_split_by_path_and_listed():
     assert not set(names(text.train)) & set(names(text.held_out))
     listed = describe(text, "3")
     assert unlike(text, listed) == []
-    changed = split(
-        [Document(d.name, d.data + b"#") for d in text.train[:1]] + list(text.train[1:] + text.held_out)
-    )
+    changed = split([Document(d.name, d.data + b"#") for d in text.train[:1]] + list(text.train[1:] + text.held_out))
     assert unlike(changed, listed) == [text.train[0].name]

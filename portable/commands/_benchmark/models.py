@@ -119,15 +119,14 @@ def records(model: Any, *, batch: int, prompt: int, tokens: int, samples: int) -
 
     yield _record("prefill", batch * prompt, timing.measure(prefill, weights, ids, samples=samples))
 
-    loop = GreedyLoop(model, *jax.jit(prefill)(weights, ids), tokens)
+    logits, state = jax.jit(prefill)(weights, ids)
+    loop = GreedyLoop(model, logits, state, tokens)
     runs = timing.Timing(timing.repeat(loop.run, samples), loop.compile_seconds, None)
     yield _record("decode", batch * tokens, runs)
 
     graph, weights, rest = nnx.split(model, nnx.Param, ...)
     train = jax.value_and_grad(lambda weights, ids: loss(nnx.merge(graph, weights, rest), ids))
-    yield _record(
-        "forward and backward", batch * prompt, timing.measure(train, weights, ids, samples=samples)
-    )
+    yield _record("forward and backward", batch * prompt, timing.measure(train, weights, ids, samples=samples))
 
 
 def _record(task: str, tokens: int, runs: timing.Timing) -> dict[str, Any]:

@@ -42,9 +42,7 @@ def names(op: str, wanted: Sequence[str]) -> list[str]:
     ]
 
 
-def records(
-    op: str, case: str, make: Callable, implementations: Sequence[str], samples: int
-) -> Iterator[dict]:
+def records(op: str, case: str, make: Callable, implementations: Sequence[str], samples: int) -> Iterator[dict]:
     """Yields a record for each implementation: milliseconds, compile seconds, temporary MiB."""
     function = getattr(importlib.import_module("portable.ops"), op)
     arguments, options = make(0)
@@ -74,9 +72,7 @@ def records(
         }
 
 
-def _programs(
-    function: Callable, arguments: tuple, options: dict[str, Any]
-) -> tuple[Callable, Callable, dict]:
+def _programs(function: Callable, arguments: tuple, options: dict[str, Any]) -> tuple[Callable, Callable, dict]:
     """The op, and the op with the gradients of all its floating arguments, over a dict of its arrays."""
     arrays = {"arguments": arguments, "options": {k: v for k, v in options.items() if hasattr(v, "shape")}}
     static = {k: v for k, v in options.items() if not hasattr(v, "shape")}

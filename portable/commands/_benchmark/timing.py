@@ -57,4 +57,5 @@ def repeat(call: Callable[[], Any], samples: int) -> list[float]:
 
 def platform() -> str:
     """Name of the platform programs run on here, as `portable.explain` names it."""
-    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend

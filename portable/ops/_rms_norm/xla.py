@@ -1,5 +1,7 @@
 """Fused elementwise work around one reduction; the backward keeps the arguments and nothing else."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -25,11 +27,36 @@ def fwd(x, scale, gate, *, groups, norm_before_gate, eps):
     return (y.astype(x.dtype),)
 
 
-def bwd(residuals, cotangents, **options):
-    """Recomputes the forward; the barrier keeps XLA from keeping its intermediates alive instead."""
+def bwd(residuals, cotangents, *, groups, norm_before_gate, eps):
+    """Recomputes the forward from its arguments and keeps nothing else.
+
+    The barriers keep XLA from holding the forward's intermediates alive instead, and from evaluating the gate anew
+    inside each reduction. The scale's gradient is a product with a row of ones: on a CPU far faster than a reduction
+    over the leading axes.
+    """
     x, scale, gate = jax.lax.optimization_barrier(residuals)
-    _, pull = jax.vjp(lambda *arrays: fwd(*arrays, **options), x, scale, gate)
-    return pull(cotangents)
+    dtype = accumulator(x, scale)
+    wide, dout, gain = x.astype(dtype), cotangents[0].astype(dtype), scale.astype(dtype)
+    sigmoid = jax.nn.sigmoid(0.0 if gate is None else gate.astype(dtype))
+    silu = 1.0 if gate is None else gate.astype(dtype) * sigmoid
+    y = wide if norm_before_gate else wide * silu
+    dout_norm = dout * silu if norm_before_gate else dout  # cotangent of (normalised y) * scale
+    y, dnorm = jax.lax.optimization_barrier((y, dout_norm * gain))
+
+    blocks = (*x.shape[:-1], groups, x.shape[-1] // groups)
+    y_, dnorm_ = y.reshape(blocks), dnorm.reshape(blocks)
+    root = jax.lax.rsqrt(jnp.mean(y_ * y_, -1, keepdims=True) + eps)
+    slope = root * root * root * jnp.mean(y_ * dnorm_, -1, keepdims=True)
+    normal = (y_ * root).reshape(x.shape)
+    dy = (dnorm_ * root - y_ * slope).reshape(x.shape)
+
+    rows = math.prod(x.shape[:-1])
+    dscale = (jnp.ones((1, rows), dtype) @ (dout_norm * normal).reshape(rows, x.shape[-1]))[0]
+    dx, dgate = (dy, None) if norm_before_gate else (dy * silu, None)
+    if gate is not None:
+        dsilu = dout * normal * gain if norm_before_gate else dy * wide
+        dgate = (dsilu * sigmoid * (1 + gate.astype(dtype) * (1 - sigmoid))).astype(gate.dtype)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dgate
 
 
 IMPL = Impl(fwd=fwd, bwd=bwd)

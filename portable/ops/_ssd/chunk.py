@@ -95,23 +95,22 @@ def gradients(c: Chunk, d: Decay, state: jax.Array, dy: jax.Array, dstate: jax.A
     triangular product, and not as a difference of row and column sums, which would cancel when decays are strong.
     """
     scores = _dot("...gqn,...gsn->...gqs", c.q, c.k, c.v)
-    dweights = _dot("...grqp,...grsp->...grqs", dy, c.v, c.v)
-    dscores = dweights * d.within
-    summed = dscores.sum(-3)
-    from_state = _dot("...grqp,...grpn->...grqn", dy * d.into[..., None], state, c.v)
-    into_state = _dot("...grsp,...grpn->...grsn", c.v * d.out[..., None], dstate, c.v)
-    dq = _dot("...gqs,...gsn->...gqn", summed, c.k, c.v) + from_state.sum(-3)
-    dk = _dot("...gqs,...gqn->...gsn", summed, c.q, c.v) + into_state.sum(-3)
     weights = scores[..., None, :, :] * d.within
-    dv = _dot("...grqs,...grqp->...grsp", weights, dy, c.v)
-    dv = dv + _dot("...gsn,...grpn->...grsp", c.k, dstate, c.v) * d.out[..., None]
+    dscores = _dot("...grqp,...grsp->...grqs", dy, c.v, c.v) * d.within
+    summed = dscores.sum(-3)
+    # Products with a state take all heads of a group in one GEMM: the output of a head only ever meets that head.
+    dy_in, v_out = dy * d.into[..., None], c.v * d.out[..., None]
+    dq = _dot("...gqs,...gsn->...gqn", summed, c.k, c.v) + _dot("...grqp,...grpn->...gqn", dy_in, state, c.v)
+    dk = _dot("...gqs,...gqn->...gsn", summed, c.q, c.v) + _dot("...grsp,...grpn->...gsn", v_out, dstate, c.v)
+    into_state = _dot("...gsn,...grpn->...grsp", c.k, dstate, c.v)
+    dv = _dot("...grqs,...grqp->...grsp", weights, dy, c.v) + into_state * d.out[..., None]
 
     # da[m] = sum over s < m <= q of weights[q, s] * dweights[q, s], then the pairs with the chunk's start and end.
     upto = jnp.tri(c.a.shape[-1], dtype=d.within.dtype)  # [q, m]: m <= q
     pairs = jnp.einsum("...grqs,sm->...grqm", scores[..., None, :, :] * dscores, 1 - upto)
     da = (pairs * upto).sum(-2)
-    through = (from_state * c.q[..., None, :, :]).sum(-1)  # the pairs (start, q)
-    leaving = (into_state * c.k[..., None, :, :]).sum(-1)  # the pairs (s, end)
+    from_state = _dot("...gqn,...grpn->...grqp", c.q, state, c.v)
+    through, leaving = (from_state * dy_in).sum(-1), (into_state * v_out).sum(-1)
     da = da + jnp.einsum("...q,qm->...m", through, upto) + jnp.einsum("...s,sm->...m", leaving, 1 - upto)
     da = da + (d.whole * (state * dstate).sum((-1, -2)))[..., None]
     return da, dk, dv, dq

@@ -1,5 +1,6 @@
 """One token of the recurrence of `ssd`, for decoding."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -54,6 +55,9 @@ def ssd_step(
     dt = dt.astype(wide)
     decay = jnp.exp(dt * A.astype(wide)).reshape(b, g, h // g, 1, 1)
     added = (x.astype(wide) * dt[..., None]).reshape(b, g, h // g, p, 1) * B.astype(wide).reshape(b, g, 1, 1, n)
-    new = state.astype(wide).reshape(b, g, h // g, p, n) * decay + added
-    y = (new * C.astype(wide).reshape(b, g, 1, 1, n)).sum(-1).reshape(b, h, p).astype(x.dtype)
-    return add_skip(y, x, D), new.reshape(b, h, p, n).astype(state.dtype)
+    new = (state.astype(wide).reshape(b, g, h // g, p, n) * decay + added).reshape(b, h, p, n)
+    # Written once, then read by a product with C. Without the barrier XLA:CPU forms the state twice and copies every
+    # layer's state at every token of a decode loop.
+    new = jax.lax.optimization_barrier(new)
+    y = jnp.einsum("bgrpn,bgn->bgrp", new.reshape(b, g, h // g, p, n), C.astype(wide)).reshape(b, h, p).astype(x.dtype)
+    return add_skip(y, x, D), new.astype(state.dtype)

@@ -1,0 +1,147 @@
+"""`portable demo`: the embedded model writes, learns from a text for a minute, and writes again."""
+
+import argparse
+import time
+from pathlib import Path
+
+EXAMPLES = """examples:
+  portable demo                             # learns from the reference manual inside Python
+  portable demo notes.txt                   # from a text of yours, or a folder of texts
+  portable demo notes.txt --prompt "Dear "  # continues these words instead
+"""
+
+PROMPT = "def read_lines(path):\n"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "text", nargs="?", metavar="TEXT", help="file or folder to learn from (default: Python's manual)"
+    )
+    parser.add_argument(
+        "--prompt", help="words to continue, before and after (default: a line of code, or of the text)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("portable-demo"), metavar="DIR", help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=1.0, metavar="M", help="of learning at most (default 1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo in a new folder."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from rich.console import Console
+
+    import portable
+    from portable import models, training
+    from portable.training.metrics import sample
+
+    console = Console(highlight=False)
+    text = _text(args.text)
+    folder = _new_folder(args.out)
+    model = models.load(models.EMBEDDED, jnp.float32)
+    size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    console.print(
+        f"[bold]A Mamba-2 language model of {size / 1e6:.1f} million parameters[/], trained on the bytes of Python's "
+        f"standard library, on {jax.devices()[0].device_kind}."
+    )
+
+    prompts = {PROMPT: "code, which it has seen"} if args.prompt is None else {args.prompt: "your words"}
+    if args.prompt is None:
+        prompts[_first_words(text)] = "the text that it has not learned yet"
+    for prompt, about in prompts.items():
+        _write(console, model, prompt, f"It continues {about}")
+
+    held = sample(text.held_out, 16384)
+    before = training.bits_per_byte(model, held).bits_per_byte
+    console.rule("[bold]It learns", align="left")
+    console.print(text.summary(), markup=False)
+    options = training.TrainOptions(
+        steps=120,
+        batch_size=4,
+        length=256,
+        learning_rate=1e-3,
+        warmup=10,
+        schedule="cosine",
+        weight_decay=0.0,
+        eval_every=0,
+        eval_bytes=16384,
+        log_every=2,
+        checkpoint_every=60,
+    )
+    done = training.fit(
+        model, text, options, folder, reporter=training.reporter(), max_minutes=args.minutes, save_dtype="bfloat16"
+    )
+    learned = done.model
+    after = training.bits_per_byte(learned, held).bits_per_byte
+    console.print(
+        f"Bits per byte on a part of it that was held out: [red]{before:.3f}[/] before, [green]{after:.3f}[/] after "
+        f"{done.step} steps."
+    )
+    for prompt in list(prompts)[-1:]:
+        _write(console, learned, prompt, "It continues the same words")
+
+    console.rule("[bold]What ran", align="left")
+    used = {row[0]: row[1] for row in portable.info().rows}
+    for op in portable.selection.ops():
+        console.print(f"  {op:14}  implementation [cyan]{used[op]}[/]   (portable explain {op} says why)")
+    console.print(f"  loss curve      {folder / 'loss.png'}", markup=False)
+    if done.status == "finished":
+        console.print(f"  model           portable generate {folder / 'model'} --prompt '...'", markup=False)
+    return 0
+
+
+def _text(path: str | None):
+    from portable import training
+
+    if path is not None:
+        return training.read_text(path)
+    from pydoc_data.topics import topics
+
+    from portable.training.text import split
+
+    manual = "\n\n".join(topics[name].strip() for name in sorted(topics))
+    return split([training.Document("Python's reference manual", manual.encode())])
+
+
+def _first_words(text) -> str:
+    """Returns the beginning of the held-out part, up to a word's end."""
+    data = text.held_out[0].data if text.held_out else text.train[0].data
+    line = data[:200].decode("utf-8", errors="ignore").lstrip()
+    return line[:48].rsplit(" ", 1)[0] or line[:48]
+
+
+def _new_folder(wanted: Path) -> Path:
+    folder, number = wanted, 2
+    while folder.exists():
+        folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
+    return folder
+
+
+def _write(console, model, prompt: str, title: str) -> None:
+    """Streams a completion with its speed."""
+    import jax
+    import numpy as np
+
+    from portable.generation import generate
+    from portable.generation.text import TextStream
+    from portable.training.tokens import ByteTokenizer
+
+    tokenizer = ByteTokenizer()
+    console.rule(f"[bold]{title}", align="left")
+    tokens = np.asarray(tokenizer.encode(prompt.encode()), np.int32)
+    console.print(prompt, style="bold", end="", markup=False)
+    stream = TextStream(tokenizer.decode, before=tokens)
+    times = []
+
+    def show(block: np.ndarray, start: int) -> None:
+        times.append((time.perf_counter(), start + block.shape[1]))
+        console.print(stream.feed(block[0]), end="", markup=False, soft_wrap=True)
+
+    options = {"max_new_tokens": 240, "temperature": 0.6, "top_p": 0.95, "key": jax.random.key(1), "stream": show}
+    generate(model, tokens[None], **options)
+    console.print(stream.close(), markup=False)
+    (began, first), (ended, last) = times[0], times[-1]
+    if ended > began:
+        console.print(f"[dim]{(last - first) / (ended - began):,.0f} tokens/s, each a byte[/]")

@@ -1,0 +1,36 @@
+"""The shapes in annotations are true: a child process checks them on every call of every op's cases and of a model."""
+
+from tests.oracles import child
+
+CHECKED = """
+from jaxtyping import TypeCheckError, install_import_hook
+
+with install_import_hook(["portable.ops", "portable.nn", "portable.models.mamba2.model"], "beartype.beartype"):
+    import jax, jax.numpy as jnp
+    from flax import nnx
+    import portable
+    from portable import selection
+    from portable.models.mamba2 import Mamba2Config, Mamba2LM
+    from portable.parity import programs
+
+for op in selection.ops():
+    for case, make in programs.cases(op).items():
+        program = programs.op(op, case)
+        jax.eval_shape(program.fn, *program.args)
+
+config = Mamba2Config(vocab_size=11, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=4)
+model = Mamba2LM(config, rngs=nnx.Rngs(0))
+tokens = jnp.zeros([2, 5], jnp.int32)
+model(tokens)
+_, state = model.prefill(tokens, jnp.array([5, 3]), model.init_state(2))
+model.step(tokens[:, 0], state)
+
+try:
+    portable.ops.ssd_step(*[jnp.ones(2)] * 6)
+except TypeCheckError:
+    print("a wrong shape is seen")
+"""
+
+
+def test_annotations_hold():
+    assert "a wrong shape is seen" in child(CHECKED)

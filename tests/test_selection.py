@@ -1,0 +1,160 @@
+"""The choice of an implementation: by platform when lowered, strict by name, explained in sentences."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+from jax.sharding import AxisType, PartitionSpec
+
+import portable
+from portable import selection
+from portable.ops import rms_norm, ssd
+from portable.ops._ssd.cases import CASES
+from tests.ops.harness import relative
+
+ARGS, KWARGS = CASES["groups"]()
+NAMES = (("cpu", "xla_scan"), ("default", "xla_chunks"))
+
+
+def loss(x, **options):
+    return jnp.sum(ssd(x, *ARGS[1:], **KWARGS, **options)[0] ** 2)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Records which implementations of `ssd` are traced, with empty caches."""
+    seen = []
+    for cache in (selection._nested, selection._function, selection._compiled):
+        cache.cache_clear()
+    table = dict(selection.implementations("ssd"))
+    for name, impl in table.items():
+
+        def fwd(*args, _name=name, _fwd=impl.fwd, **options):
+            seen.append(_name)
+            return _fwd(*args, **options)
+
+        table[name] = selection.dataclasses.replace(impl, fwd=fwd)
+    real = selection.implementations
+    monkeypatch.setattr(selection, "implementations", lambda op: table if op == "ssd" else real(op))
+    yield seen
+    for cache in (selection._nested, selection._function, selection._compiled):
+        cache.cache_clear()
+
+
+def test_lowering_for_a_platform_traces_its_own_form(traced):
+    f = jax.jit(lambda x: loss(x))
+    f.trace(ARGS[0]).lower(lowering_platforms=("tpu",))
+    assert set(traced) == {"xla_chunks"}
+    f.trace(ARGS[0]).lower(lowering_platforms=("cpu",))
+    assert traced[-1] == "xla_scan"
+
+
+def test_one_exported_program_carries_a_form_for_each_platform():
+    f = jax.jit(jax.grad(loss))
+    both = export.export(f, platforms=["cpu", "cuda", "tpu"])(ARGS[0])
+    back = export.deserialize(both.serialize())
+    assert relative(back.call(ARGS[0]), f(ARGS[0])) <= 2e-6
+    one = export.export(f, platforms=["cpu"])(ARGS[0])
+    assert len(both.mlir_module()) > 1.5 * len(one.mlir_module())
+
+
+def test_inside_shard_map():
+    mesh = jax.make_mesh((1,), ("d",), (AxisType.Auto,))
+    spec = PartitionSpec(None, None, "d")
+    run = jax.shard_map(
+        lambda x, dt: ssd(x, dt, *ARGS[2:], **KWARGS)[0], mesh=mesh, in_specs=(spec, spec), out_specs=spec
+    )
+    got = jax.jit(jax.grad(lambda x: jnp.sum(run(x, ARGS[1]) ** 2)))(ARGS[0])
+    assert relative(got, jax.grad(loss)(ARGS[0])) <= 2e-6
+
+
+def test_using_names_an_implementation_and_retraces():
+    count = []
+
+    @jax.jit
+    def f(x):
+        count.append(1)
+        return loss(x)
+
+    f(ARGS[0])
+    f(ARGS[0])
+    with portable.using("reference"):
+        f(ARGS[0])
+        assert "portable[" not in str(jax.make_jaxpr(loss)(ARGS[0]))
+        with portable.using(None):
+            assert "portable[" in str(jax.make_jaxpr(loss)(ARGS[0]))
+    f(ARGS[0])
+    assert len(count) == 2
+    with portable.using("nonsense"), pytest.raises(ValueError, match="no implementation called 'nonsense'"):
+        loss(ARGS[0])
+
+
+def test_the_xla_name_is_the_form_of_the_platform():
+    assert selection.choose("ssd", "xla").names == NAMES
+    assert selection.choose("ssd", None).names == NAMES
+    assert selection.choose("ssd", "xla_chunks").names == (("default", "xla_chunks"),)
+
+
+def test_explain_speaks_in_sentences():
+    text = str(portable.explain(ssd, *ARGS, **KWARGS))
+    assert text.startswith("ssd\n")
+    assert "cpu   xla_scan    this process runs here." in text
+    assert "by name only" in text
+    abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ARGS]
+    assert str(portable.explain("ssd", *abstract)) == text
+    assert str(portable.explain("ssd")) == text
+    with pytest.raises(ValueError, match="no op called 'sdd'; there are: causal_conv1d, rms_norm, ssd"):
+        portable.explain("sdd")
+
+
+def test_info_names_versions_devices_and_choices():
+    text = str(portable.info())
+    for word in (jax.__version__, "device 0", "ssd", "xla_scan", "of reference, xla_chunks, xla_scan"):
+        assert word in text
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A made-up kernel for `rms_norm` on TPUs, that takes multiples of 128."""
+
+    def build(automatic):
+        impl = selection.Impl(
+            fwd=lambda x, scale, gate, **options: (x * 0,),
+            why_not=lambda x, scale, gate, **o: (
+                None if x.shape[-1] % 128 == 0 else f"d must divide by 128, got {x.shape[-1]}."
+            ),
+            automatic=automatic,
+        )
+        table = {**selection.implementations("rms_norm"), "pallas_tpu": impl}
+        monkeypatch.setattr(selection, "implementations", lambda op: table)
+        found = selection.importlib.util.find_spec
+        monkeypatch.setattr(
+            selection.importlib.util,
+            "find_spec",
+            lambda name: types.SimpleNamespace() if name == "portable.pallas_kernels.tpu.rms_norm" else found(name),
+        )
+
+    yield build
+    for cache in (selection._nested, selection._function, selection._compiled):
+        cache.cache_clear()
+
+
+def test_a_kernel_is_automatic_only_once_measured_and_only_where_it_fits(kernel):
+    wide, narrow = (jnp.ones((2, d)) for d in (128, 96))
+    kernel(automatic=False)
+    assert "no committed measurement" in str(portable.explain("rms_norm", wide, wide[0]))
+    kernel(automatic=True)
+    assert dict(selection.choose("rms_norm", None, wide, wide[0], None).names)["tpu"] == "pallas_tpu"
+    assert "tpu" not in dict(selection.choose("rms_norm", None, narrow, narrow[0], None).names)
+    assert "d must divide by 128, got 96" in str(portable.explain("rms_norm", narrow, narrow[0]))
+    # On this CPU the XLA form still runs.
+    assert float(rms_norm(wide, wide[0]).sum()) > 0
+
+
+def test_a_named_kernel_is_strict(kernel):
+    kernel(automatic=False)
+    narrow = jnp.ones((2, 96))
+    with pytest.raises(portable.Unavailable, match="'pallas_tpu' cannot take this call: d must divide by 128, got 96"):
+        rms_norm(narrow, narrow[0], implementation="pallas_tpu")
