@@ -125,34 +125,46 @@ def _installed(package: str) -> bool:
     return any(True for _ in metadata.distributions(name=package))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compiles, writes the results file and shows it; returns 1 if a program failed to compile."""
-    args = arguments(argv)
-    old = json.loads(args.out.read_text()) if args.out.exists() else {}
-    if args.show:
-        show(old)
-        return 0
-    names = args.targets.split(",")
-    jobs = [j for j in plan.op_jobs(names) + plan.model_jobs(names) if args.only in j.name]
-    if not jobs:
-        raise SystemExit(f"no program's name contains {args.only!r}; --show lists those compiled so far.")
-
+def compile_all(args: argparse.Namespace, jobs: Sequence[parity.Job]) -> list[parity.Result]:
+    """Compiles the jobs and brings the results file up to date with each result."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    old = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results: list[parity.Result] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("compiling", total=len(jobs))
 
         def on_result(result: parity.Result) -> None:
+            results.append(result)
+            # Each time, because an hour's work must survive an interruption.
+            draft = args.out.with_suffix(".draft")
+            draft.write_text(json.dumps(merged(old, record(results)), indent=1) + "\n")
+            draft.replace(args.out)
             if result.status == "failed":
                 progress.console.print(f"{result.target} {result.job}: {result.verdict}", style="bold red")
             progress.update(task, advance=1, description=f"{result.target} {result.job}")
 
-        results = parity.run(jobs, processes=args.processes, on_result=on_result)
-    found = merged(old, record(results))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
-    show(found)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        parity.run(jobs, processes=args.processes, on_result=on_result)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compiles, writes the results file and shows it; returns 1 if a program failed to compile."""
+    args = arguments(argv)
+    if args.show:
+        show(json.loads(args.out.read_text()))
+        return 0
+    names = args.targets.split(",")
+    for family in sorted({parity.TARGETS[name].family for name in names}):
+        if reason := parity.missing(family):
+            raise SystemExit(reason)
+    jobs = [j for j in plan.op_jobs(names) + plan.model_jobs(names) if args.only in j.name]
+    if not jobs:
+        raise SystemExit(f"no program's name contains {args.only!r}; --show lists those compiled so far.")
+    results = compile_all(args, jobs)
+    show(json.loads(args.out.read_text()))
     return int(any(r.status == "failed" for r in results))
 
 

@@ -1,5 +1,6 @@
 """Checks versions before jax or flax is used, so that an old runtime gets a sentence and not a traceback."""
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 # The same bounds stand in pyproject.toml; a test compares them.
@@ -26,6 +27,9 @@ def _text(numbers: tuple[int, ...]) -> str:
 
 
 def _installed(package: str) -> str | None:
+    # What is loaded counts: after an upgrade in a running process the metadata is newer than the module.
+    if loaded := getattr(sys.modules.get(package), "__version__", None):
+        return loaded
     try:
         return version(package)
     except PackageNotFoundError:

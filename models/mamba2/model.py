@@ -124,7 +124,7 @@ class Mamba2LM(nnx.Module):
         tokens: Int[Array, "b t"],
         *,
         state: list[nn.Mamba2State] | None = None,
-        lengths: Int[Array, "b"] | None = None,
+        lengths: Int[Array, " b"] | None = None,
         mask: Bool[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         return_state: bool = False,
@@ -204,11 +204,11 @@ class Mamba2LM(nnx.Module):
         """Returns the state before any token: one `Mamba2State` a layer."""
         return [block.mixer.init_state(batch_size) for block in self.layers]
 
-    def prefill(self, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], state: list[nn.Mamba2State]):
+    def prefill(self, tokens: Int[Array, "b t"], lengths: Int[Array, " b"], state: list[nn.Mamba2State]):
         """Reads right-padded prompts: returns (logits [b, v] after each row's last token, state)."""
         return self(tokens, lengths=lengths, state=state, return_state=True, last_only=True)
 
-    def step(self, token: Int[Array, "b"], state: list[nn.Mamba2State]):
+    def step(self, token: Int[Array, " b"], state: list[nn.Mamba2State]):
         """Reads one token a row: (token [b], state) -> (logits [b, v] float32, state)."""
         x, after = self._embed(token), []
         for block, before in zip(self.layers, state, strict=True):

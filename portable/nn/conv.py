@@ -45,12 +45,12 @@ class CausalConv1d(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t c"],
-        state: Float[Array, "b k-1 c"] | None = None,
+        state: Float[Array, "b w c"] | None = None,
         *,
-        lengths: Int[Array, "b"] | None = None,
+        lengths: Int[Array, " b"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         activation: str | None = None,
-    ) -> tuple[Float[Array, "b t c"], Float[Array, "b k-1 c"]]:
+    ) -> tuple[Float[Array, "b t c"], Float[Array, "b w c"]]:
         """Returns the convolved x and the state after it; arguments as `portable.ops.causal_conv1d`."""
         bias = None if self.bias is None else jnp.asarray(self.bias[...])
         return ops.causal_conv1d(

@@ -21,9 +21,9 @@ class Mamba2State(NamedTuple):
       ssm: [b, h, p, n], float32 unless the layer was given another `state_dtype`.
     """
 
-    x: Float[Array, "b k-1 e"]
-    B: Float[Array, "b k-1 m"]
-    C: Float[Array, "b k-1 m"]
+    x: Float[Array, "b w e"]
+    B: Float[Array, "b w m"]
+    C: Float[Array, "b w m"]
     ssm: Float[Array, "b h p n"]
 
 
@@ -150,7 +150,7 @@ class Mamba2(nnx.Module):
         u: Float[Array, "b t d"],
         *,
         state: Mamba2State | None = None,
-        lengths: Int[Array, "b"] | None = None,
+        lengths: Int[Array, " b"] | None = None,
         mask: Bool[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         return_state: bool = False,
@@ -245,7 +245,7 @@ class Mamba2(nnx.Module):
         y = self.out(self._gate(y.reshape(b, h * p), self.in_z(u)))
         return y, Mamba2State(state_x, state_B, state_C, ssm)
 
-    def _rates(self) -> Float[Array, "h"]:
+    def _rates(self) -> Float[Array, " h"]:
         return -jnp.exp(jnp.asarray(self.A_log[...]).astype(jnp.promote_types(jnp.float32, self.dtype)))
 
     def _step_sizes(self, dt: Float[Array, "... h"]) -> Float[Array, "... h"]:

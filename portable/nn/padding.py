@@ -8,7 +8,7 @@ from portable.checks import check_values
 
 def align_left(
     mask: Bool[Array, "b t"],
-) -> tuple[Int[Array, "b t"], Int[Array, "b t"], Int[Array, "b"]]:
+) -> tuple[Int[Array, "b t"], Int[Array, "b t"], Int[Array, " b"]]:
     """Returns indices that move each row's real positions to its front, their inverse, and the rows' lengths.
 
     Args:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -67,23 +68,23 @@ def bits_per_byte(
     whole = [d for d in whole if d.data]
     if not whole:
         raise DataError("bits per byte needs text, got no documents or only empty ones: give at least one byte.")
-    rows = sorted((_sequence(d, tokenizer) for d in whole), key=len)
-    batch_size = min(batch_size, len(rows))
+    sequences = sorted((_sequence(d, tokenizer) for d in whole), key=len, reverse=True)
+    rows: list[list[np.ndarray]] = [[] for _ in range(min(batch_size, len(sequences)))]
+    for ids in sequences:  # the longest first, each to the shortest row: rows end at about the same time
+        min(rows, key=lambda row: sum(map(len, row))).append(_windows(ids, window))
+    calls = max(sum(map(len, row)) for row in rows)
+    # [rows, calls, 3, window]: inputs, targets, and in the third line whether a document begins.
+    grid = np.full((len(rows), calls, 3, window), IGNORE, np.int32)
+    for row, documents_of_row in zip(grid, rows, strict=True):
+        filled = np.concatenate(documents_of_row)
+        row[: len(filled)] = filled
     model = unstack(model)  # only layers one by one carry a state
     graphdef, variables = nnx.split(model)
-    bits = 0.0
-    for at in range(0, len(rows), batch_size):
-        group = rows[at : at + batch_size]
-        calls = -(-(len(group[-1]) - 1) // window)
-        tokens = np.zeros((batch_size, calls * window), np.int32)
-        targets = np.full((batch_size, calls * window), IGNORE, np.int32)
-        for row, ids in enumerate(group):
-            tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
-        state = model.init_state(batch_size)
-        for call in range(calls):
-            part = slice(call * window, (call + 1) * window)
-            nats, state = _score(graphdef, variables, state, tokens[:, part], targets[:, part])
-            bits += float(nats) / math.log(2)
+    state, bits = model.init_state(len(rows)), 0.0
+    for call in range(calls):
+        tokens, targets, begins = grid[:, call].swapaxes(0, 1)
+        nats, state = _score(graphdef, variables, state, np.maximum(tokens, 0), targets, begins[:, 0] == 1)
+        bits += float(nats) / math.log(2)
     return Score(bits, sum(len(d.data) for d in whole), len(whole))
 
 
@@ -104,7 +105,24 @@ def _sequence(document: Document, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([[tokenizer.separator], tokenizer.encode(document.data), ends]).astype(np.int32)
 
 
+def _windows(ids: np.ndarray, window: int) -> np.ndarray:
+    """Cuts a sequence into [n, 3, window]: inputs, targets, 1 in the window where it begins."""
+    count = max(1, -(-(len(ids) - 1) // window))
+    flat = np.full((2, count * window), IGNORE, np.int32)
+    flat[:, : len(ids) - 1] = ids[:-1], ids[1:]
+    cut = np.zeros((count, 3, window), np.int32)
+    cut[:, :2] = flat.reshape(2, count, window).swapaxes(0, 1)
+    cut[0, 2] = 1
+    return cut
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _score(graphdef, variables, state, tokens, targets):
-    logits, state = nnx.merge(graphdef, variables)(tokens, state=state, return_state=True)
+def _score(graphdef, variables, state, tokens, targets, begins):
+    model = nnx.merge(graphdef, variables)
+
+    def reset(fresh, old):
+        return jnp.where(begins.reshape(-1, *[1] * (old.ndim - 1)), fresh, old)
+
+    state = jax.tree.map(reset, model.init_state(len(tokens)), state)
+    logits, state = model(tokens, state=state, return_state=True)
     return cross_entropy(logits, targets)[0], state

@@ -29,6 +29,14 @@ def bytes_model(tmp_path_factory):
     return folder, saved(folder)
 
 
+@pytest.fixture
+def loaded(bytes_model, monkeypatch):
+    """The folder, from which commands get one and the same model, so that its programs compile once."""
+    folder, model = bytes_model
+    monkeypatch.setattr(models, "load", lambda folder, dtype: model)
+    return folder
+
+
 def test_writes_what_generate_gives(bytes_model, capsys):
     folder, model = bytes_model
     assert cli.main(["generate", str(folder), "--prompt", "abc", "--max-new-tokens", "40"]) == 0
@@ -38,25 +46,23 @@ def test_writes_what_generate_gives(bytes_model, capsys):
     assert re.search(r"^40 tokens; \d+\.\d\d s to the first, compiling included; then [\d.]+ tokens/s$", err.strip())
 
 
-def test_sampling_depends_on_the_seed_only(bytes_model, capsys):
-    folder, _ = bytes_model
+def test_sampling_depends_on_the_seed_only(loaded, capsys):
     texts = []
     for seed in ("3", "3", "4"):
         options = ["--max-new-tokens", "30", "--temperature", "1.5", "--top-k", "200", "--seed", seed]
-        assert cli.main(["generate", str(folder), "--prompt", "x", *options]) == 0
+        assert cli.main(["generate", str(loaded), "--prompt", "x", *options]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_prompt_from_standard_input_and_none_at_all(bytes_model, capsys, monkeypatch):
-    folder, _ = bytes_model
+def test_prompt_from_standard_input_and_none_at_all(loaded, capsys, monkeypatch):
     short = ["--max-new-tokens", "10"]
-    assert cli.main(["generate", str(folder), "--prompt", "né", *short]) == 0
+    assert cli.main(["generate", str(loaded), "--prompt", "né", *short]) == 0
     expected = capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("né".encode())))
-    assert cli.main(["generate", str(folder), "--prompt", "-", *short]) == 0
+    assert cli.main(["generate", str(loaded), "--prompt", "-", *short]) == 0
     assert capsys.readouterr().out == expected
-    assert cli.main(["generate", str(folder), *short]) == 0
+    assert cli.main(["generate", str(loaded), *short]) == 0
 
 
 def test_a_terminal_sees_the_prompt_and_no_escape_sequences(tmp_path, capsys, monkeypatch):
@@ -100,9 +106,8 @@ def test_with_a_tokenizer(tmp_path, capsys):
         (["--dtype", "int8"], "invalid choice"),
     ],
 )
-def test_mistakes(bytes_model, capsys, arguments, sentence):
-    folder, _ = bytes_model
-    assert cli.main(["generate", str(folder), "--prompt", "a", *arguments]) == 2
+def test_mistakes(loaded, capsys, arguments, sentence):
+    assert cli.main(["generate", str(loaded), "--prompt", "a", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert sentence in err

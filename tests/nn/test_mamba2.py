@@ -136,7 +136,7 @@ def test_batch_equals_single_rows():
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_a_float32_state():
     wide = layer()
-    graphdef, params = nnx.split(wide)
+    _, params = nnx.split(wide)
     half = Mamba2(16, num_heads=4, head_dim=8, state_size=6, dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
     half = nnx.merge(nnx.graphdef(half), params)
     y, state = run(half, inputs())

@@ -8,8 +8,8 @@ from flax import nnx
 
 from portable import nn
 from portable.models.mamba2 import Mamba2Config, Mamba2LM
-from tests.oracles import child
 from tests.ops.harness import relative
+from tests.oracles import child
 
 CONFIG = Mamba2Config(
     vocab_size=31, hidden_size=16, num_hidden_layers=3, num_heads=4, head_dim=8, state_size=8, n_groups=2

@@ -78,9 +78,18 @@ def test_mistakes(asked, said, capsys):
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_missing_compiler_leaves_the_results_as_they_are(tmp_path, monkeypatch):
+    file = tmp_path / "aot.json"
+    file.write_text("{}")
+    monkeypatch.setattr(parity, "missing", lambda family: f"no {family} here.")
+    with pytest.raises(SystemExit, match=r"no tpu here\."):
+        memory.main(["--targets", "tpu-v5e", "--out", str(file)])
+    assert file.read_text() == "{}"
+
+
 def test_nothing_of_that_name(tmp_path):
     with pytest.raises(SystemExit, match="no program's name contains 'nonsense'"):
-        memory.main(["--only", "nonsense", "--out", str(tmp_path / "aot.json")])
+        memory.main(["--targets", "cpu", "--only", "nonsense", "--out", str(tmp_path / "aot.json")])
 
 
 @pytest.mark.parametrize("n, text", [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB")])

@@ -9,7 +9,7 @@ from portable.ops._arguments import check_float, vary_together
 
 def rms_norm(
     x: Float[Array, "... d"],
-    scale: Float[Array, "d"],
+    scale: Float[Array, " d"],
     *,
     gate: Float[Array, "... d"] | None = None,
     norm_before_gate: bool = False,
@@ -45,8 +45,9 @@ def rms_norm(
     section 7.2).
 
     >>> import jax.numpy as jnp, portable
-    >>> portable.ops.rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), eps=0.0).round(4).tolist()
-    [0.8485000133514404, 1.1313999891281128]
+    >>> y = portable.ops.rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), eps=0.0)
+    >>> [f"{v:.4f}" for v in y.tolist()]
+    ['0.8485', '1.1314']
     """
     arrays, options = prepare(x, scale, gate=gate, norm_before_gate=norm_before_gate, groups=groups, eps=eps)
     table = selection.choose("rms_norm", implementation, *arrays, **options)

@@ -19,11 +19,11 @@ from portable.ops._arguments import (
 def ssd(
     x: Float[Array, "b t h p"],
     dt: Float[Array, "b t h"],
-    A: Float[Array, "h"],
+    A: Float[Array, " h"],
     B: Float[Array, "b t g n"],
     C: Float[Array, "b t g n"],
     *,
-    D: Float[Array, "h"] | Float[Array, "h p"] | None = None,
+    D: Float[Array, " h"] | Float[Array, "h p"] | None = None,
     initial_state: Float[Array, "b h p n"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     chunk_size: int | None = None,

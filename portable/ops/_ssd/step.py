@@ -12,12 +12,12 @@ from portable.ops._ssd.api import add_skip, check_skip
 def ssd_step(
     x: Float[Array, "b h p"],
     dt: Float[Array, "b h"],
-    A: Float[Array, "h"],
+    A: Float[Array, " h"],
     B: Float[Array, "b g n"],
     C: Float[Array, "b g n"],
     state: Float[Array, "b h p n"],
     *,
-    D: Float[Array, "h"] | Float[Array, "h p"] | None = None,
+    D: Float[Array, " h"] | Float[Array, "h p"] | None = None,
 ) -> tuple[Float[Array, "b h p"], Float[Array, "b h p n"]]:
     """Advances the state of `ssd` by one position; `ssd` over t positions equals t calls of this.
 
