@@ -87,13 +87,13 @@ class Mamba2LM(nnx.Module):
         rngs: source of the initial Params.
         """
         self.config, self.dtype, self.remat = config, dtype, remat
-        d, v = config.hidden_size, config.vocab_size
+        d, v = config.hidden_size, config.padded_vocab_size
         self.embed = nnx.Embed(
             v,
             d,
             dtype=dtype,
             param_dtype=param_dtype,
-            embedding_init=nnx.initializers.normal(0.02),
+            embedding_init=nnx.initializers.normal(config.initializer_range),
             embedding_metadata={"axes": ("vocab", "embed")},
             rngs=rngs,
         )
@@ -101,9 +101,10 @@ class Mamba2LM(nnx.Module):
             Mamba2Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             for _ in range(config.num_hidden_layers)
         ]
-        for block in blocks:  # keeps the residual stream's variance independent of the depth, as in GPT-2
-            kernel = block.mixer.out.kernel
-            kernel.set_value(kernel.get_value() / len(blocks) ** 0.5)
+        if config.rescale_prenorm_residual:  # the residual stream's variance then does not grow with the depth (GPT-2)
+            for block in blocks:
+                kernel = block.mixer.out.kernel
+                kernel.set_value(kernel.get_value() / len(blocks) ** 0.5)
         self.layers = nnx.List(blocks)
         self.norm = nn.RMSNorm(d, eps=config.layer_norm_epsilon, param_dtype=param_dtype)
         self.head = nnx.data(None)
@@ -134,14 +135,13 @@ class Mamba2LM(nnx.Module):
         """Returns the logits of the next token at every position.
 
         Args:
-          tokens: [b, t] ids in 0..v-1.
+          tokens: [b, t] ids in 0..v-1, v being the padded vocabulary.
           state: from `init_state`, `prefill` or `return_state`, to continue from.
           lengths: [b] real positions of right-padded rows.
           mask: [b, t] true at the real positions of rows padded on any side; not together with `lengths`.
           segment_ids: [b, t] integers; where they change, the model starts anew (packed documents).
           return_state: also return the state after each row's last real position.
-          return_hidden: also return the hidden states: the embedding, each layer's output but the last one's, and the
-            final norm's output, as transformers does.
+          return_hidden: also return the hidden states: the embedding, each layer's output, and the final norm's output.
           last_only: only each row's last real position, [b, v]; the head then runs on one position.
 
         Returns:
@@ -172,8 +172,7 @@ class Mamba2LM(nnx.Module):
         if return_state:
             out.append(states)
         if return_hidden:
-            final = x if not last_only else self.norm(hidden[-1])
-            out.append((*hidden[:-1], final))
+            out.append((*hidden, self.norm(hidden[-1]) if last_only else x))
         return out[0] if len(out) == 1 else tuple(out)
 
     def _blocks(self, tokens, state, lengths, segment_ids, return_state, return_hidden):
@@ -232,7 +231,7 @@ class Mamba2LM(nnx.Module):
         return x.astype(wide) if self.config.residual_in_fp32 else x
 
     def _check(self, tokens) -> None:
-        v = self.config.vocab_size
+        v = self.config.padded_vocab_size
         if tokens.ndim != 2:
             raise ValueError(f"Mamba2LM: tokens must be [b, t]; got shape {list(tokens.shape)}.")
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
