@@ -26,7 +26,7 @@ class Family(NamedTuple):
     """
 
     config: Any
-    model: type[nnx.Module]
+    model: Any
     weight_map: Callable[..., WeightMap]
 
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.extend.core import Primitive
@@ -161,7 +162,7 @@ class _Rules:
 
     table: Table
     part: str
-    tree: jax.tree_util.PyTreeDef
+    tree: Any
     options: tuple
     vmaps: tuple = ()  # (batched dimensions, axis size) of each vmap around the call, the innermost first
 
@@ -169,7 +170,7 @@ class _Rules:
         """Returns the platform's function over flat arrays. Jitted: layers of equal shapes are traced once."""
         return _function(self, platform)
 
-    def out_tree(self, leaves) -> jax.tree_util.PyTreeDef:
+    def out_tree(self, leaves) -> Any:
         shapes = jax.eval_shape(_nested(self, "default"), *leaves)
         return jax.tree.structure(shapes)
 

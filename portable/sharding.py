@@ -53,7 +53,7 @@ def shardings(model: nnx.Module, mesh: Mesh, rules: Mapping[str, str] | None = N
         axes = variable.get_metadata().get("axes", ())
         shape = variable.get_value().shape
         axes = (None,) * (len(shape) - len(axes)) + tuple(axes)  # stacked layers add axes in front
-        names = [rules.get(axis) for axis in axes]
+        names = [None if axis is None else rules.get(axis) for axis in axes]
         fits = [n in mesh.shape and size % mesh.shape[n] == 0 for n, size in zip(names, shape, strict=True)]
         spec = PartitionSpec(*[n if ok else None for n, ok in zip(names, fits, strict=True)])
         return variable.replace(NamedSharding(mesh, spec))

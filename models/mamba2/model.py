@@ -1,5 +1,7 @@
 """The Mamba-2 language model: embedding, residual blocks around the mixer, final norm, head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -131,7 +133,7 @@ class Mamba2LM(nnx.Module):
         return_state: bool = False,
         return_hidden: bool = False,
         last_only: bool = False,
-    ):
+    ) -> Any:
         """Returns the logits of the next token at every position.
 
         Args:
@@ -168,14 +170,14 @@ class Mamba2LM(nnx.Module):
             x = jnp.take_along_axis(x, inverse[..., None], axis=1)
             hidden = [jnp.take_along_axis(h, inverse[..., None], axis=1) for h in hidden]
         x = self.norm(x)
-        out = [self.logits(x)]
+        out: list[Any] = [self.logits(x)]
         if return_state:
             out.append(states)
         if return_hidden:
             out.append((*hidden, self.norm(hidden[-1]) if last_only else x))
         return out[0] if len(out) == 1 else tuple(out)
 
-    def _blocks(self, tokens, state, lengths, segment_ids, return_state, return_hidden):
+    def _blocks(self, tokens, state, lengths, segment_ids, return_state, return_hidden) -> Any:
         """Returns (last layer's output, states, [embedding, each layer's output]) for right-padded tokens."""
         x = self._embed(tokens)
         options = {"lengths": lengths, "segment_ids": segment_ids}

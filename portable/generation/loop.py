@@ -86,12 +86,12 @@ def generate(
             "generate: the model must be an nnx.Module with init_state, prefill and step; "
             f"got {type(model).__name__}; portable.models.load gives such a model."
         )
-    vocab_size = model.config.vocab_size
+    vocab_size = model.config.vocab_size  # pyright: ignore[reportAttributeAccessIssue]
     n = given.count(max_new_tokens)
     options = given.options(temperature, top_k, top_p, min_p, repetition_penalty)
     rules = Rules(options, given.end_tokens(eos_id, vocab_size), given.pad_token(pad_id))
     tokens, lengths = given.pack(prompts, vocab_size)
-    keys = given.random_key(key, len(tokens)) if options.temperature > 0 else None
+    keys = given.random_key(key, len(tokens)) if options.temperature > 0 else None  # pyright: ignore[reportOperatorIssue]
 
     result = np.full((len(tokens), n), rules.pad, np.int32)
     for written in _run(model, tokens, lengths, rules, keys, n, streaming=stream is not None):

@@ -101,7 +101,7 @@ def draw(keys: jax.Array, begin: jax.typing.ArrayLike, b: int) -> jax.Array:
     def one(i: jax.Array, key: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(key, i), (2,))
 
-    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(begin + jnp.arange(CAPACITY), rows)
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(begin + jnp.arange(CAPACITY), rows)  # pyright: ignore[reportArgumentType]
 
 
 @jax.jit
@@ -135,7 +135,7 @@ def _emit(
     logits = logits.astype(jnp.float32)
     finite = jnp.isfinite(jnp.max(logits, axis=-1))
     if seen is not None:
-        logits = penalized(logits, seen, rules.options.repetition_penalty)
+        logits = penalized(logits, seen, rules.options.repetition_penalty)  # pyright: ignore[reportArgumentType]
     chosen = choose(logits, rules.options, uniform)
     live = ~rows.done
     token = jnp.where(live, chosen, rows.token)
@@ -157,7 +157,7 @@ class Programs:
     change: a step that takes its weights out of stacked ones copies them for every token.
     """
 
-    def __init__(self, model: nnx.Module, treedef: jax.tree_util.PyTreeDef):
+    def __init__(self, model: nnx.Module, treedef: Any):
         self.treedef = treedef
         self._stacked = any(isinstance(node, Stack) for _, node in nnx.iter_graph(model))
         self._copied: list[weakref.ref] = []
@@ -193,7 +193,7 @@ class Programs:
                 return i + 1, (state, seen), rows, block
 
             stop, held, rows, block = lax.while_loop(go_on, one_token, (span.begin, held, rows, block))
-            return Written(block, span.start, stop, rows), held
+            return Written(block, span.start, stop, rows), held  # pyright: ignore[reportArgumentType]
 
         self.prefill = jax.jit(prefill)
         self.decode = jax.jit(decode, donate_argnums=1)

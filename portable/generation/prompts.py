@@ -140,7 +140,7 @@ def random_key(key: Any, rows: int) -> jax.Array:
         )
     if not isinstance(key, np.ndarray | jax.Array):
         raise TypeError(f"generate: key must be a jax random key; got {type(key).__name__}; pass jax.random.key(seed).")
-    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):  # pyright: ignore[reportPrivateImportUsage]
         if key.dtype != np.uint32 or key.ndim == 0 or key.shape[-1] != jax.random.key_data(jax.random.key(0)).size:
             raise TypeError(
                 f"generate: key must be a jax random key; got {key.dtype} {list(key.shape)}; pass jax.random.key(seed)."
@@ -151,7 +151,7 @@ def random_key(key: Any, rows: int) -> jax.Array:
             f"generate: key must be one key, or one for each of the {rows} prompts; "
             f"got keys of shape {list(key.shape)}."
         )
-    return key
+    return key  # pyright: ignore[reportReturnType]
 
 
 def _rows(prompts: Any) -> list[np.ndarray]:

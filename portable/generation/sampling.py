@@ -42,7 +42,7 @@ def choose(logits: jax.Array, options: Options, uniform: jax.Array) -> jax.Array
     """
     # One program serves greedy decoding and sampling: the branch not taken costs nothing when it runs.
     return lax.cond(
-        options.temperature > 0,
+        options.temperature > 0,  # pyright: ignore[reportOperatorIssue]
         lambda: sample(filtered(logits, options), uniform),
         lambda: argmax(logits),
     )
@@ -142,7 +142,7 @@ def _top_p(x: jax.Array, p: jax.typing.ArrayLike) -> jax.Array:
     weight_tied = jnp.max(jnp.where(tied, weight, 0), axis=-1, keepdims=True)
     ties_before = jnp.cumsum(tied, axis=-1, dtype=jnp.int32) - 1
     keep = above | (tied & (mass_above + ties_before * weight_tied < wanted[:, None]))
-    return jnp.where(keep | (p >= 1), x, -jnp.inf)
+    return jnp.where(keep | (p >= 1), x, -jnp.inf)  # pyright: ignore[reportOperatorIssue]
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """The Mamba-2 mixer (Dao and Gu 2024, arXiv 2405.21060, section 7 and figure 6)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,7 @@ class Mamba2(nnx.Module):
         mask: Bool[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         return_state: bool = False,
-    ):
+    ) -> Any:
         """Mixes a sequence.
 
         Args:
@@ -185,10 +185,11 @@ class Mamba2(nnx.Module):
 
         fused = self.activation in ("silu", "swish")
         options = {"lengths": lengths, "segment_ids": segment_ids, "activation": "silu" if fused else None}
-        before = state or Mamba2State(None, None, None, None)
-        x, state_x = self.conv_x(self.in_x(u), before.x, **options)
-        B, state_B = self.conv_B(self.in_B(u), before.B, **options)
-        C, state_C = self.conv_C(self.in_C(u), before.C, **options)
+        before: Any = state or (None, None, None, None)
+        before_x, before_B, before_C, before_ssm = before
+        x, state_x = self.conv_x(self.in_x(u), before_x, **options)
+        B, state_B = self.conv_B(self.in_B(u), before_B, **options)
+        C, state_C = self.conv_C(self.in_C(u), before_C, **options)
         if not fused:
             x, B, C = map(ACTIVATIONS[self.activation], (x, B, C))
 
@@ -202,7 +203,7 @@ class Mamba2(nnx.Module):
             B.reshape(b, t, g, n),
             C.reshape(b, t, g, n),
             D=jnp.asarray(self.D[...]),
-            initial_state=before.ssm,
+            initial_state=before_ssm,
             segment_ids=segment_ids,
             chunk_size=self.chunk_size,
         )

@@ -1,5 +1,7 @@
 """Checks that every op shares. Letters: b batch, t time, h heads, g groups, p and n state, c channels."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -59,7 +61,7 @@ def segment_counts(segment_ids):
     return counts[:, : segment_ids.shape[1]]  # t = 0 has no first position
 
 
-def vary_together(*arrays):
+def vary_together(*arrays) -> tuple[Any, ...]:
     """Gives the arrays (None passes) the same varying axes inside a `shard_map`; elsewhere returns them untouched.
 
     A scan's carry and a custom backward must agree with their inputs in these types. The cast's own transpose is the

@@ -191,7 +191,7 @@ class _Worker:
 
     def run(self, job: Job, family: str) -> Result:
         """Runs a job in the child, in a new one where there is none of that family."""
-        if self._process is None or family != self._family:
+        if self._process is None or self._process.poll() is not None or family != self._family:
             self.close()
             self._start(family)
         process, log = self._process, self._log
@@ -218,7 +218,7 @@ class _Worker:
             line = ""
         finally:
             timer.cancel()
-        if line:
+        if line.endswith("\n"):
             return Result(**json.loads(line))
         code = process.wait()
         log.seek(since)
@@ -230,7 +230,7 @@ class _Worker:
 
     def _start(self, family: str) -> None:
         self._family = family
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see close
+        self._log = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see close
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", "from portable.parity.worker import main; main()"],
             stdin=subprocess.PIPE,
@@ -269,5 +269,7 @@ def _last_words(log: str, code: int) -> str:
         if raised:
             return raised[0]
     ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code == -signal.SIGKILL:
+        ending += ", which is how a system that runs out of memory ends a process"
     fatal = [line.strip() for line in lines if _FATAL.search(line)]
     return f"the compiler ended with {ending}" + (f": {fatal[0]}" if fatal else ".")

@@ -116,4 +116,4 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         """Returns the batch of `step` (from 0): arrays [batch_size, t]."""
-        return self._dataset[step]
+        return self._dataset[step]  # pyright: ignore[reportReturnType]

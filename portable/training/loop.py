@@ -261,8 +261,8 @@ def _bits_per_nat(packed: Packed) -> float:
 
 def _description(model: nnx.Module, text: Text, options: TrainOptions, tokenizer: Tokenizer) -> dict:
     return {
-        "model": {"class": type(model).__name__} | dataclasses.asdict(model.config),
-        "compute_dtype": jnp.dtype(model.dtype).name,
+        "model": {"class": type(model).__name__} | dataclasses.asdict(model.config),  # pyright: ignore[reportAttributeAccessIssue]
+        "compute_dtype": jnp.dtype(model.dtype).name,  # pyright: ignore[reportAttributeAccessIssue]
         "remat": getattr(model, "remat", "none"),
         "training": options.trajectory(),
         "tokenizer": tokenizer.name,

@@ -80,7 +80,7 @@ def bits_per_byte(
         row[: len(filled)] = filled
     model = unstack(model)  # only layers one by one carry a state
     graphdef, variables = nnx.split(model)
-    state, bits = model.init_state(len(rows)), 0.0
+    state, bits = model.init_state(len(rows)), 0.0  # pyright: ignore[reportAttributeAccessIssue]
     for call in range(calls):
         tokens, targets, begins = grid[:, call].swapaxes(0, 1)
         nats, state = _score(graphdef, variables, state, np.maximum(tokens, 0), targets, begins[:, 0] == 1)

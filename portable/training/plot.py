@@ -1,5 +1,6 @@
 """The loss curve of a run as a picture."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,11 +48,17 @@ def loss_curve(records: Sequence[dict], path: str | Path, *, bits_per_nat: float
     figure.savefig(path, format="png")
 
 
-def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
-    """Returns a running mean over the last `share` of the series (at least 10), unbiased at the start."""
-    mean, out = 0.0, []
-    window = max(10.0, len(values) * share)
-    for i, value in enumerate(values):
-        mean += (value - mean) / min(i + 1, window)
-        out.append(mean)
+def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
+    """Returns means over `share` of the series (at least 10) around each value.
+
+    Towards the start the window shrinks on both sides, so that the curve follows the first fast fall; towards the
+    end only on the right, so that it does not run into the noise of the last value.
+    """
+    half = max(5, round(len(values) * share / 2))
+    sums = list(itertools.accumulate(values, initial=0.0))
+    out = []
+    for i in range(len(values)):
+        before = min(half, i)
+        end = min(i + before + 1, len(values))
+        out.append((sums[end] - sums[i - before]) / (end - i + before))
     return out

@@ -92,7 +92,7 @@ class Bar(Silent):
         self._progress.start()
 
     def advance(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
+        self._progress.update(self._task, completed=step)  # pyright: ignore[reportArgumentType]
 
     def report(self, report: Report) -> None:
         fields = {"loss": f"{report.loss:.4f}", "bits": f"{report.bits_per_byte:.3f}"}
@@ -100,7 +100,7 @@ class Bar(Silent):
             fields["held_out"] = f"{report.held_out:.3f}"
         if report.tokens_per_second is not None:
             fields |= {"rate": f"{report.tokens_per_second:,.0f}", "left": duration(report.seconds_left)}
-        self._progress.update(self._task, completed=report.step, **fields)
+        self._progress.update(self._task, completed=report.step, **fields)  # pyright: ignore[reportArgumentType]
 
     def note(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -136,6 +136,6 @@ def make_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "targets": targets,
         }
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics  # pyright: ignore[reportArgumentType]
 
     return jax.jit(step, donate_argnums=0)

@@ -133,6 +133,11 @@ def test_verdicts():
     [
         ("noise\n", -11, "the compiler ended with signal SIGSEGV."),
         (
+            "",
+            -9,
+            "the compiler ended with signal SIGKILL, which is how a system that runs out of memory ends a process.",
+        ),
+        (
             "I0000 00:00 x.cc:3] hello\nF0000 00:00 y.cc:4] Check failed: a == b\n*** SIGABRT ***\n",
             -6,
             "the compiler ended with signal SIGABRT: F0000 00:00 y.cc:4] Check failed: a == b",

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import memory
 from portable import parity
+from portable.parity import plan
+from portable.selection import ops
 
 GIB = 2**30
 
@@ -90,6 +92,19 @@ def test_a_missing_compiler_leaves_the_results_as_they_are(tmp_path, monkeypatch
 def test_nothing_of_that_name(tmp_path):
     with pytest.raises(SystemExit, match="no program's name contains 'nonsense'"):
         memory.main(["--targets", "cpu", "--only", "nonsense", "--out", str(tmp_path / "aot.json")])
+
+
+def test_the_committed_results_cover_the_plan():
+    rows = json.loads(memory.RESULTS.read_text())["results"]
+    assert [r["verdict"] for r in rows if r["status"] in ("failed", "cannot")] == []
+    have = {(r["job"], r["target"]) for r in rows}
+    models = {(j.name, j.target): j for j in plan.model_jobs(plan.TARGETS)}
+    assert set(models) - have == set()
+    assert {(op, t) for op in ops() for t in plan.TARGETS} <= {(j.partition("/")[0], t) for j, t in have}
+    for row in rows:
+        # A model that cannot be trained on one device is a result; one that cannot be served would be a fault.
+        if (row["job"], row["target"]) in models and "/train" not in row["job"]:
+            assert row["fits"], row["verdict"]
 
 
 @pytest.mark.parametrize("n, text", [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB")])

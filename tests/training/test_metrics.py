@@ -100,9 +100,13 @@ def test_the_curve_is_a_picture(tmp_path):
         assert path.stat().st_size > 5000
 
 
-def test_smoothing_starts_without_a_bias():
-    assert smooth([3.0] * 50) == pytest.approx([3.0] * 50)
-    assert smooth([1.0, 3.0]) == [1.0, 2.0]
+def test_smoothing_neither_lags_nor_bends():
+    line = [10.0 - 0.1 * i for i in range(100)]
+    assert smooth(line)[:90] == pytest.approx(line[:90])
+    assert smooth([2.0] * 99 + [9.0])[-1] < 4
+    zigzag = smooth([1.0, 3.0] * 50)
+    assert max(abs(v - 2) for v in zigzag[10:90]) < 0.11
+    assert smooth([]) == []
 
 
 def test_progress_on_a_terminal_and_elsewhere():

@@ -17,7 +17,7 @@ def _convolve(u, kernel, bias, boundaries):
     dtype = accumulator(u, kernel)
     taps, t = kernel.shape[0], u.shape[1] - kernel.shape[0] + 1
     kernel = kernel.astype(dtype)
-    y = 0 if bias is None else bias.astype(dtype)
+    y = jnp.zeros((), dtype) if bias is None else bias.astype(dtype)
     for j in range(taps):
         term = kernel[j] * u[:, j : j + t].astype(dtype)
         offset = taps - 1 - j
