@@ -146,6 +146,38 @@ def choose(op: str, name: str | None, *args, **options) -> Table:
     return Table(op, (("default", name),), xla)
 
 
+def call(op: str, implementation: str | None, arrays: tuple, options: dict[str, Any]) -> tuple:
+    """Runs an op's chosen implementation, differentiable in reverse mode (the reference in every mode).
+
+    The derivative stands outside the choice of platform, and its residuals are the op's own arguments, so any forward
+    pairs with any backward.
+
+    Args:
+      op: the op's name.
+      implementation: a name, or None for the automatic choice.
+      arrays: arguments of `Impl.fwd`, None where absent.
+      options: its hashable options.
+
+    Returns:
+      The tuple of arrays that `Impl.fwd` returns.
+    """
+    table = choose(op, implementation, *arrays, **options)
+    chosen = _forward if table.definition else _differentiable
+    return chosen(table, tuple(options.items()), *arrays)
+
+
+def _forward(table: Table, options: tuple, *arrays) -> tuple:
+    return run(table, "fwd", *arrays, **dict(options))
+
+
+def _backward(table: Table, options: tuple, residuals, cotangents) -> tuple:
+    return run(table, "bwd", residuals, cotangents, **dict(options))
+
+
+_differentiable = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
+_differentiable.defvjp(lambda table, options, *arrays: (_forward(table, options, *arrays), arrays), _backward)
+
+
 def run(table: Table, part: str, *args, **options) -> tuple:
     """Runs one part of the chosen implementation on pytrees of arrays, each platform with its own."""
     if len({name for _, name in table.names}) == 1 and table.names[0][1] not in KERNEL_HOMES:

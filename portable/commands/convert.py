@@ -4,10 +4,9 @@ import argparse
 
 EXAMPLES = """examples:
   portable convert state-spaces-folder out                      # as transformers reads it
-  portable convert owner/name out --dtype bf16                  # from the hub, which needs portable-jax[hf]
+  portable convert owner/name out --dtype bfloat16              # from the hub, which needs portable-jax[hf]
   portable convert folder out --to state-spaces                 # as mamba_ssm names its tensors
 """
-DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +14,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("source", metavar="SRC", help="folder of safetensors files, or owner/name on the hub")
     parser.add_argument("target", metavar="DST", help="folder to write; other files in it stay")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; without it they keep theirs")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; without it they keep theirs"
+    )
     parser.add_argument(
         "--to",
         choices=("transformers", "state-spaces"),
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from portable import models
     from portable.checkpoint import Checkpoint
 
-    model = models.load(args.source, dtype=args.dtype and DTYPES[args.dtype])
+    model = models.load(args.source, dtype=args.dtype)
     models.save(model, args.target, format=args.to)
     written = Checkpoint(args.target).entries
     kinds = ", ".join(sorted({entry.dtype for entry in written.values()}))

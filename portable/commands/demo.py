@@ -10,7 +10,8 @@ EXAMPLES = """examples:
   portable demo notes.txt --prompt "Dear "  # continues these words instead
 """
 
-PROMPT = "def read_lines(path):\n"
+CODE = "def read_lines(path):\n"
+PROSE = 'The "with" statement '  # of the manual, on which it has not been trained as prose
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +44,14 @@ def run(args: argparse.Namespace) -> int:
     model = models.load(models.EMBEDDED, jnp.float32)
     size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
     console.print(
-        f"[bold]A Mamba-2 language model of {size / 1e6:.1f} million parameters[/], trained on the bytes of Python's "
-        f"standard library, on {jax.devices()[0].device_kind}."
+        f"[bold]A Mamba-2 language model of {size / 1e6:.1f} million parameters[/], trained on the source of "
+        f"Python's standard library. It runs here on: {jax.devices()[0].device_kind}."
     )
 
-    prompts = {PROMPT: "code, which it has seen"} if args.prompt is None else {args.prompt: "your words"}
+    prompts = {CODE: "code, which it has seen"} if args.prompt is None else {args.prompt: "your words"}
     if args.prompt is None:
-        prompts[_first_words(text)] = "the text that it has not learned yet"
+        own = PROSE if args.text is None else _first_words(text)
+        prompts[own] = "the text that it has not learned yet"
     for prompt, about in prompts.items():
         _write(console, model, prompt, f"It continues {about}")
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     console.rule("[bold]It learns", align="left")
     console.print(text.summary(), markup=False)
     options = training.TrainOptions(
-        steps=120,
+        steps=60,
         batch_size=4,
         length=256,
         learning_rate=1e-3,
@@ -67,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
         weight_decay=0.0,
         eval_every=0,
         eval_bytes=16384,
-        log_every=2,
-        checkpoint_every=60,
+        log_every=5,
+        checkpoint_every=30,
     )
     done = training.fit(
         model, text, options, folder, reporter=training.reporter(), max_minutes=args.minutes, save_dtype="bfloat16"

@@ -226,7 +226,7 @@ def test_convert_writes_the_other_format(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'b'}: config.json and 24 tensors (F32) in 1 file.\n"
     assert EMBEDDING in load_file(tmp_path / "b" / "model.safetensors")
     assert_same(models.load(tmp_path / "b"), model)
-    command = ["convert", str(tmp_path / "b"), str(tmp_path / "c"), "--dtype", "bf16", "--to", "state-spaces"]
+    command = ["convert", str(tmp_path / "b"), str(tmp_path / "c"), "--dtype", "bfloat16", "--to", "state-spaces"]
     assert cli.main(command) == 0
     assert "(BF16)" in capsys.readouterr().out
     assert_same(models.load(tmp_path / "c"), models.load(tmp_path / "a", "bfloat16"))

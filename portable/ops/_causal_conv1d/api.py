@@ -1,4 +1,4 @@
-"""The contract of `causal_conv1d`: checks, state and differentiation. No algorithm."""
+"""The contract of `causal_conv1d`: checks and state. No algorithm."""
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +59,7 @@ def causal_conv1d(
         segment_ids=segment_ids,
         activation=activation,
     )
-    table = selection.choose("causal_conv1d", implementation, *arrays, **options)
-    run = _run if table.definition else _convolve
-    (y,) = run(table, tuple(options.items()), *arrays)
+    (y,) = selection.call("causal_conv1d", implementation, arrays, options)
     return y, _tail(arrays[0], arrays[3], x.shape[1], kernel.shape[0], lengths)
 
 
@@ -99,19 +97,3 @@ def _tail(u, boundaries, t: int, k: int, lengths):
     if lengths is None:
         return u[:, t:]
     return jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, k - 1))(u, lengths)
-
-
-def _run(table, options, *arrays):
-    return selection.run(table, "fwd", *arrays, **dict(options))
-
-
-def _forward(table, options, *arrays):
-    return _run(table, options, *arrays), arrays
-
-
-def _backward(table, options, residuals, cotangents):
-    return selection.run(table, "bwd", residuals, cotangents, **dict(options))
-
-
-_convolve = jax.custom_vjp(_run, nondiff_argnums=(0, 1))
-_convolve.defvjp(_forward, _backward)

@@ -1,6 +1,5 @@
-"""The contract of `rms_norm`: checks and differentiation. No algorithm."""
+"""The contract of `rms_norm`: checks. No algorithm."""
 
-import jax
 from jaxtyping import Array, Float
 
 from portable import selection
@@ -50,9 +49,7 @@ def rms_norm(
     ['0.8485', '1.1314']
     """
     arrays, options = prepare(x, scale, gate=gate, norm_before_gate=norm_before_gate, groups=groups, eps=eps)
-    table = selection.choose("rms_norm", implementation, *arrays, **options)
-    run = _run if table.definition else _norm
-    (y,) = run(table, tuple(options.items()), *arrays)
+    (y,) = selection.call("rms_norm", implementation, arrays, options)
     return y
 
 
@@ -68,19 +65,3 @@ def prepare(x, scale, *, gate=None, norm_before_gate=False, groups=1, eps=1e-5):
         raise ValueError(f"rms_norm: groups must divide d; got d={x.shape[-1]}, groups={groups}.")
     check_float("rms_norm", x=x, scale=scale, gate=gate)
     return vary_together(x, scale, gate), {"groups": groups, "norm_before_gate": norm_before_gate, "eps": eps}
-
-
-def _run(table, options, *arrays):
-    return selection.run(table, "fwd", *arrays, **dict(options))
-
-
-def _forward(table, options, *arrays):
-    return _run(table, options, *arrays), arrays
-
-
-def _backward(table, options, residuals, cotangents):
-    return selection.run(table, "bwd", residuals, cotangents, **dict(options))
-
-
-_norm = jax.custom_vjp(_run, nondiff_argnums=(0, 1))
-_norm.defvjp(_forward, _backward)

@@ -1,6 +1,5 @@
-"""The contract of `ssd`: checks, preparation and differentiation. No algorithm."""
+"""The contract of `ssd`: checks and preparation. No algorithm."""
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from portable import selection
@@ -73,9 +72,7 @@ def ssd(
     arrays, options = prepare(
         x, dt, A, B, C, D=D, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size
     )
-    table = selection.choose("ssd", implementation, *arrays, **options)
-    run = _run if table.definition else _recurrence
-    y, state = run(table, tuple(options.items()), *arrays)
+    y, state = selection.call("ssd", implementation, arrays, options)
     return add_skip(y, x, D), state
 
 
@@ -118,20 +115,3 @@ def add_skip(y, x, D):
         return y
     wide = accumulator(x)
     return (y.astype(wide) + D.astype(wide).reshape(D.shape[0], -1) * x.astype(wide)).astype(x.dtype)
-
-
-def _run(table, options, *arrays):
-    return selection.run(table, "fwd", *arrays, **dict(options))
-
-
-def _forward(table, options, *arrays):
-    return _run(table, options, *arrays), arrays
-
-
-def _backward(table, options, residuals, cotangents):
-    return selection.run(table, "bwd", residuals, cotangents, **dict(options))
-
-
-# Outside the choice of platform, so that any forward pairs with any backward.
-_recurrence = jax.custom_vjp(_run, nondiff_argnums=(0, 1))
-_recurrence.defvjp(_forward, _backward)

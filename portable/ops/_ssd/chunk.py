@@ -167,3 +167,17 @@ def grouped(state, v: jax.Array, k: jax.Array) -> jax.Array:
 def flat(state: jax.Array) -> jax.Array:
     """[b, g, r, p, n] -> [b, h, p, n]."""
     return state.reshape(state.shape[0], -1, *state.shape[3:])
+
+
+def cotangents(residuals, da, dk, dv, dq, dstate):
+    """Returns the gradients of the chunks as those of the op's arguments, in their shapes and dtypes."""
+    a, k, v, q, state, _ = residuals
+    t = v.shape[1]
+    return (
+        join_heads(da, t).astype(a.dtype),
+        join_groups(dk, t).astype(k.dtype),
+        join_heads(dv, t).astype(v.dtype),
+        join_groups(dq, t).astype(q.dtype),
+        None if state is None else flat(dstate).astype(state.dtype),
+        None,
+    )

@@ -50,14 +50,7 @@ def bwd(residuals, cotangents, *, chunk_size):
     _, before = _pass(chunk.grouped(state, v, k), d.whole, chunk.update(c, d))
     ds, after = _pass(chunk.grouped(dfinal, v, k), d.whole, chunk.state_gradient(c, d, dy), reverse=True)
     da, dk, dv, dq = chunk.gradients(c, d, before, dy, after)
-    return (
-        chunk.join_heads(da, t).astype(a.dtype),
-        chunk.join_groups(dk, t).astype(k.dtype),
-        chunk.join_heads(dv, t).astype(v.dtype),
-        chunk.join_groups(dq, t).astype(q.dtype),
-        None if state is None else chunk.flat(ds).astype(state.dtype),
-        None,
-    )
+    return chunk.cotangents(residuals, da, dk, dv, dq, ds)
 
 
 IMPL = Impl(fwd=fwd, bwd=bwd)

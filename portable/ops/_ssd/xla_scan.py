@@ -60,14 +60,7 @@ def bwd(residuals, cotangents, *, chunk_size):
         return ds * d.whole[..., None, None] + chunk.state_gradient(c, d, dy), grads
 
     ds, (da, dk, dv, dq) = _scan(backward, chunk.grouped(dfinal, v, k), (chunks, starts, dys), reverse=True)
-    return (
-        chunk.join_heads(da, t).astype(a.dtype),
-        chunk.join_groups(dk, t).astype(k.dtype),
-        chunk.join_heads(dv, t).astype(v.dtype),
-        chunk.join_groups(dq, t).astype(q.dtype),
-        None if state is None else chunk.flat(ds).astype(state.dtype),
-        None,
-    )
+    return chunk.cotangents(residuals, da, dk, dv, dq, ds)
 
 
 IMPL = Impl(fwd=fwd, bwd=bwd)
