@@ -96,7 +96,8 @@ def kill_when(text: Path, out: Path, moment) -> str:
     """Starts the command in a child and kills it once `moment()` is true; returns what it printed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "portable", *command(text, out)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # A killed process can leave half an entry: not in the cache that the other tests share.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-killed")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
