@@ -67,8 +67,9 @@ def score(model: nnx.Module, text: Text) -> str:
         "zlib -9": sum(len(zlib.compress(d.data, 9)) for d in files),
         "xz -9e": sum(len(lzma.compress(d.data, preset=9 | lzma.PRESET_EXTREME)) for d in files),
     }
-    lines = [f"held out: {len(files)} files, {size:,} bytes", f"{'model':8} {ours:.3f} bits per byte"]
-    return "\n".join(lines + [f"{name:8} {8 * total / size:.3f} bits per byte" for name, total in rivals.items()])
+    rows = {"this model": ours} | {name: 8 * total / size for name, total in rivals.items()}
+    table = ["| | bits per byte |", "| --- | --- |", *(f"| {name} | {bits:.3f} |" for name, bits in rows.items())]
+    return "\n".join(["", f"{len(files)} held-out files, {size:,} bytes:", "", *table])
 
 
 def main() -> int:

@@ -47,8 +47,9 @@ def test_every_op_at_the_sizes_of_published_models(target):
     jobs = [j for j in plan.op_jobs([target]) if j.name not in small]
     for name, result in compiled(jobs).items():
         assert result.fits, name
-        # Gradients need the arguments, as many bytes of results, and a few arrays of that size on the way.
-        assert result.temp_bytes <= 8 * result.argument_bytes, name
+        # A few float32 arrays of the size of bf16 arguments; for ssd also the scores inside the chunks, each
+        # twice as large as x. A state for each position would be 128 times as large.
+        assert result.temp_bytes <= 12 * result.argument_bytes, name
 
 
 def ssd_gradients(t: int, chunk_size: int, implementation: str) -> programs.Program:
@@ -97,8 +98,9 @@ def test_mamba2_130m(target):
     assert forward.argument_bytes == pytest.approx(weights, rel=0.05)
     # Beside the logits and the weights, room for the arrays of a layer or two, not of all.
     assert forward.temp_bytes <= 2 * forward.output_bytes
-    # A step reads the weights where they are; a copy of even the smallest layer's would show.
-    assert decode.temp_bytes <= 0.02 * weights
+    # A step reads the weights where they are, fetching a layer or two (3 % each) ahead; a copy of the embedding
+    # alone would be 30 %.
+    assert decode.temp_bytes <= 0.06 * weights
     # The state is donated: it is updated in place.
     state = decode.argument_bytes - forward.argument_bytes
     assert decode.alias_bytes >= 0.99 * state
