@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from portable.ops._ssd import chunk
 from portable.selection import Impl
 
-# The side of an MXU, and enough rows for tensor cores; scores [c, h, 128, 128] stay below the states in bytes.
+# The side of an MXU, and enough rows for tensor cores.
 DEFAULT_CHUNK = 128
 
 

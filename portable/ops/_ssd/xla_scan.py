@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from portable.ops._ssd import chunk
 from portable.selection import Impl
 
-# Measured on 2 cores (benchmarks/ops.py): flat between 32 and 64 forward and backward, worse on both sides.
+# One chunk's scores and decays then fit a core's second-level cache.
 DEFAULT_CHUNK = 64
 
 
