@@ -43,7 +43,7 @@ class Impl:
     Attributes:
       fwd: (*arrays, **options) -> tuple of arrays. Absent arguments are None.
       bwd: (residuals, cotangents, **options) -> tuple with a cotangent for each argument of `fwd` (None where there
-        is none). None borrows the backward of the platform's XLA form.
+        is none). None borrows the backward of the platform's XLA form, which may itself be left to JAX.
       why_not: (*arrays, **options) -> None, or the sentence that says why this call cannot be taken. Looks at shapes
         and dtypes only.
       interpret: runs `fwd` of a kernel on a CPU with the kernel's own semantics, for tests.
@@ -68,13 +68,19 @@ class Table:
     def get(self, platform: str, part: str) -> Callable:
         """Returns the function that runs `part` ("fwd" or "bwd") on `platform`."""
         names, forms = dict(self.names), dict(self.xla)
+        form = implementations(self.op)[forms.get(platform, forms["default"])]
         found = getattr(implementations(self.op)[names.get(platform, names["default"])], part)
-        return found or getattr(implementations(self.op)[forms.get(platform, forms["default"])], part)
+        return found or getattr(form, part) or functools.partial(_derivative, form.fwd)
 
     @property
-    def definition(self) -> bool:
-        """Whether the reference runs everywhere, to be differentiated by JAX in any mode."""
-        return self.names == (("default", "reference"),)
+    def plain(self) -> bool:
+        """Whether one form without a backward of its own runs everywhere, to be differentiated by JAX in any mode."""
+        (name, *others) = {name for _, name in self.names}
+        return not others and name not in KERNEL_HOMES and implementations(self.op)[name].bwd is None
+
+
+def _derivative(fwd: Callable, residuals, cotangents, **options) -> tuple:
+    return jax.vjp(functools.partial(fwd, **options), *residuals)[1](cotangents)
 
 
 @functools.cache
@@ -124,6 +130,9 @@ def choose(op: str, name: str | None, *args, **options) -> Table:
     """
     name = name or _choice.value
     forms = {"default": "xla"} | _package(op).XLA
+    if args:  # an XLA form that refuses these arguments leaves them to the default one
+        refused = [p for p, form in forms.items() if implementations(op)[form].why_not(*args, **options)]
+        forms |= dict.fromkeys(refused, forms["default"])
     xla = tuple(sorted(forms.items()))
     if name == "xla":
         return Table(op, xla, xla)
@@ -147,7 +156,7 @@ def choose(op: str, name: str | None, *args, **options) -> Table:
 
 
 def call(op: str, implementation: str | None, arrays: tuple, options: dict[str, Any]) -> tuple:
-    """Runs an op's chosen implementation, differentiable in reverse mode (the reference in every mode).
+    """Runs an op's chosen implementation, differentiable in reverse mode (a `Table.plain` one in every mode).
 
     The derivative stands outside the choice of platform, and its residuals are the op's own arguments, so any forward
     pairs with any backward.
@@ -162,7 +171,7 @@ def call(op: str, implementation: str | None, arrays: tuple, options: dict[str, 
       The tuple of arrays that `Impl.fwd` returns.
     """
     table = choose(op, implementation, *arrays, **options)
-    chosen = _forward if table.definition else _differentiable
+    chosen = _forward if table.plain else _differentiable
     return chosen(table, tuple(options.items()), *arrays)
 
 

@@ -105,7 +105,7 @@ def test_explain_speaks_in_sentences():
     abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ARGS]
     assert str(portable.explain("ssd", *abstract)) == text
     assert str(portable.explain("ssd")) == text
-    with pytest.raises(ValueError, match="no op called 'sdd'; there are: causal_conv1d, rms_norm, ssd"):
+    with pytest.raises(ValueError, match="no op called 'sdd'; there are: causal_conv1d, linear, rms_norm, ssd"):
         portable.explain("sdd")
 
 

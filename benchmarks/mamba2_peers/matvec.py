@@ -1,8 +1,8 @@
 """The least a decode step can do: its own matrix-vector products, each weight read once, and nothing else.
 
-The loop below is what the decoding speed is held against: same weight arrays, same number of steps, one
-  compiled program. Every product depends on the one before, and the next step on all logits, so XLA can
-  neither drop a product nor move one out of the loop.
+The loop below is what the decoding speed is held against: same weight arrays, the same op for the products, same
+number of steps, one compiled program. Every product depends on the one before, and the next step on all logits, so
+XLA can neither drop a product nor move one out of the loop.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from portable import ops
+
 
 class Weights(NamedTuple):
     """The matrices of a model.
 
-    layers: for each layer the input projections [d, *] (the first two of equal width: gate and value), and
-      the output
+    layers: for each layer the input projections [d, *] (the first two of equal width: gate and value), and the output
       projection [*, d]. embedding: [v, d]. head: [d, v], or None where it is the embedding.
     """
 
@@ -36,15 +37,15 @@ def step(weights: Weights, token: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One chain of products, [1] -> (next token [1], logits [1, v])."""
     h = weights.embedding[token]
     for inputs, output in weights.layers:
-        gate, value, *rest = [h @ matrix for matrix in inputs]
+        gate, value, *rest = [ops.linear(h, matrix) for matrix in inputs]
         # A product and maxima: unlike sums, they cannot be moved through a matrix product by algebra.
         wide = gate * value + sum(jnp.max(x) for x in rest)
-        h = wide @ output
+        h = ops.linear(wide, output)
         h = h / (jnp.max(jnp.abs(h)) + 1e-6)  # stays in range however deep the model is
     if weights.head is None:
-        logits = lax.dot_general(h, weights.embedding, (((1,), (1,)), ((), ())))
+        logits = ops.linear(h, weights.embedding, transposed=True)
     else:
-        logits = h @ weights.head
+        logits = ops.linear(h, weights.head)
     return jnp.argmax(logits, axis=-1).astype(token.dtype), logits
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from portable import nn
+from portable import nn, ops
 from portable.checks import check_values
 from portable.models.mamba2.config import Mamba2Config
 
@@ -118,6 +118,7 @@ class Mamba2LM(nnx.Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 preferred_element_type=jnp.promote_types(jnp.float32, dtype),
+                dot_general=nn.dot_general,
                 kernel_metadata={"axes": ("embed", "vocab")},
                 rngs=rngs,
             )
@@ -221,11 +222,9 @@ class Mamba2LM(nnx.Module):
         """Returns the head's output for normalised hidden states, in float32 (float64 in float64)."""
         if self.head is not None:
             return self.head(x.astype(self.dtype))
-        # Contracting the embedding's second axis reads it in place; `x @ E.T` copies it first on a CPU.
-        embedding = self.embed.embedding[...].astype(self.dtype)
         wide = jnp.promote_types(jnp.float32, self.dtype)
-        dims = (((x.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x.astype(self.dtype), embedding, dims, preferred_element_type=wide)
+        embedding = self.embed.embedding[...].astype(self.dtype)
+        return ops.linear(x.astype(self.dtype), embedding, transposed=True, out_dtype=wide)
 
     def _embed(self, tokens):
         x = self.embed(tokens)

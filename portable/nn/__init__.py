@@ -1,6 +1,7 @@
 """Flax NNX layers over `portable.ops`, written for NNX's tree mode: no shared Variables, no mutation in a call."""
 
 from portable.nn.conv import CausalConv1d as CausalConv1d
+from portable.nn.linear import dot_general as dot_general
 from portable.nn.mamba2 import Mamba2 as Mamba2
 from portable.nn.mamba2 import Mamba2State as Mamba2State
 from portable.nn.norm import RMSNorm as RMSNorm

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from portable import ops
 from portable.nn.conv import CausalConv1d
+from portable.nn.linear import dot_general
 from portable.nn.norm import ACTIVATIONS, RMSNorm
 from portable.nn.padding import align_left
 
@@ -99,9 +100,17 @@ class Mamba2(nnx.Module):
         self.dtype, self.state_dtype = dtype, state_dtype
 
         def linear(i, o, axes, **options):
-            metadata = {"kernel_metadata": {"axes": axes}, "bias_metadata": {"axes": axes[1:]}}
             return nnx.Linear(
-                i, o, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **metadata, **options
+                i,
+                o,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                dot_general=dot_general,
+                kernel_metadata={"axes": axes},
+                bias_metadata={"axes": axes[1:]},
+                rngs=rngs,
+                **options,
             )
 
         def conv(channels, axis):

@@ -62,6 +62,10 @@ def relative(got, want) -> float:
     return float(np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))
 
 
-def implementations(op: str) -> list[str]:
-    """Returns the implementations that this process can run; kernels run under their own interpreter."""
-    return [n for n in selection.implementations(op) if n not in selection.KERNEL_HOMES]
+def implementations(op: str, args=None, kwargs=None) -> list[str]:
+    """Returns the implementations that this process can run, on these arguments if given; kernels are interpreted."""
+    found = {n: impl for n, impl in selection.implementations(op).items() if n not in selection.KERNEL_HOMES}
+    if args is None:
+        return list(found)
+    arrays, options = importlib.import_module(f"portable.ops._{op}.api").prepare(*args, **kwargs)
+    return [n for n, impl in found.items() if impl.why_not(*arrays, **options) is None]

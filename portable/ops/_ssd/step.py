@@ -53,11 +53,14 @@ def ssd_step(
     b, h, p = x.shape
     g, n = B.shape[1:]
     dt = dt.astype(wide)
-    decay = jnp.exp(dt * A.astype(wide)).reshape(b, g, h // g, 1, 1)
-    added = (x.astype(wide) * dt[..., None]).reshape(b, g, h // g, p, 1) * B.astype(wide).reshape(b, g, 1, 1, n)
-    new = (state.astype(wide).reshape(b, g, h // g, p, n) * decay + added).reshape(b, h, p, n)
-    # Written once, then read by a product with C. Without the barrier XLA:CPU forms the state twice and copies every
-    # layer's state at every token of a decode loop.
-    new = jax.lax.optimization_barrier(new)
-    y = jnp.einsum("bgrpn,bgn->bgrp", new.reshape(b, g, h // g, p, n), C.astype(wide)).reshape(b, h, p).astype(x.dtype)
+    decay = jnp.exp(dt * A.astype(wide))[..., None]
+    old, v = state.astype(wide), x.astype(wide) * dt[..., None]
+    k, q = B.astype(wide), C.astype(wide)
+    # (decay * old + outer(v, k)) @ q from the old state: read once here and once below, instead of formed twice.
+    read = jnp.einsum("bgrpn,bgn->bgrp", old.reshape(b, g, h // g, p, n), q).reshape(b, h, p)
+    y = (read * decay + v * jnp.repeat((k * q).sum(-1), h // g, axis=1)[..., None]).astype(x.dtype)
+    # Nothing exceeds infinity, so this changes no number. But the update now waits for the read, which lets XLA write
+    # the new state over the old; otherwise a decode loop copies every layer's state at every token.
+    old = jnp.where(read[..., None] > jnp.inf, 0, old)
+    new = old * decay[..., None] + v[..., None] * jnp.repeat(k, h // g, axis=1)[:, :, None]
     return add_skip(y, x, D), new.astype(state.dtype)
