@@ -34,7 +34,7 @@ def bytes_per_token(weights: Weights) -> int:
 
 
 def step(weights: Weights, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One chain of products, [1] -> (next token [1], logits [1, v])."""
+    """One chain of products, [1] -> (next token [1], which depends on every logit, and logits [1, v])."""
     h = weights.embedding[token]
     for inputs, output in weights.layers:
         gate, value, *rest = [ops.linear(h, matrix) for matrix in inputs]
@@ -46,7 +46,7 @@ def step(weights: Weights, token: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = ops.linear(h, weights.embedding, transposed=True)
     else:
         logits = ops.linear(h, weights.head)
-    return jnp.argmax(logits, axis=-1).astype(token.dtype), logits
+    return (jnp.max(logits, axis=-1) > 0).astype(token.dtype), logits
 
 
 def loop(weights: Weights, token: jax.Array, steps: int) -> jax.Array:

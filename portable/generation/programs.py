@@ -29,7 +29,7 @@ CAPACITY = 1024
 class Decoder(Protocol):
     """What `generate` needs of a model besides being an `nnx.Module`; a state is any pytree of arrays.
 
-    `config.vocab_size` bounds the token ids of prompts. Rows must not influence each other.
+    `config.vocab_size` bounds the token ids of prompts and of what is chosen. Rows must not influence each other.
     """
 
     config: Any
@@ -133,10 +133,11 @@ def _emit(
 ) -> tuple[jax.Array, Rows, jax.Array | None]:
     """Chooses the i-th new token of rows that have not ended: what to write [b], and what to keep."""
     logits = logits.astype(jnp.float32)
-    finite = jnp.isfinite(jnp.max(logits, axis=-1))
     if seen is not None:
         logits = penalized(logits, seen, rules.options.repetition_penalty)  # pyright: ignore[reportArgumentType]
-    chosen = choose(logits, rules.options, uniform)
+    top = jnp.max(logits, axis=-1, keepdims=True)  # NaN if any is
+    finite = jnp.isfinite(top[:, 0])
+    chosen = choose(logits, top, rules.options, uniform)
     live = ~rows.done
     token = jnp.where(live, chosen, rows.token)
     if seen is not None:
@@ -167,7 +168,8 @@ class Programs:
 
         def prefill(leaves: list[jax.Array], tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Any]:
             model = jax.tree.unflatten(treedef, leaves)
-            return model.prefill(tokens, lengths, model.init_state(tokens.shape[0]))
+            logits, state = model.prefill(tokens, lengths, model.init_state(tokens.shape[0]))
+            return logits[:, : model.config.vocab_size], state
 
         def decode(
             leaves: list[jax.Array],
@@ -187,6 +189,7 @@ class Programs:
             def one_token(carry: tuple) -> tuple:
                 i, (state, seen), rows, block = carry
                 logits, state = model.step(rows.token, state)
+                logits = logits[:, : model.config.vocab_size]  # padding of the vocabulary is never chosen
                 drawn = lax.dynamic_index_in_dim(uniform, i - span.begin, keepdims=False)
                 out, rows, seen = _emit(logits, i, drawn, rows, seen, rules)
                 block = lax.dynamic_update_index_in_dim(block, out, i - span.start, 0)

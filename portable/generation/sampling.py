@@ -29,11 +29,12 @@ class Options(NamedTuple):
     repetition_penalty: jax.typing.ArrayLike | None = None
 
 
-def choose(logits: jax.Array, options: Options, uniform: jax.Array) -> jax.Array:
+def choose(logits: jax.Array, top: jax.Array, options: Options, uniform: jax.Array) -> jax.Array:
     """Chooses one token a row; of equally likely tokens the greedy choice is the first.
 
     Args:
       logits: [b, v] float32, after any repetition penalty. Any row, even of NaN, gives a valid id.
+      top: [b, 1], their maxima.
       options: the temperature and the filters.
       uniform: [b, 2] float32 in [0, 1), read only if the temperature is not 0.
 
@@ -43,16 +44,15 @@ def choose(logits: jax.Array, options: Options, uniform: jax.Array) -> jax.Array
     # One program serves greedy decoding and sampling: the branch not taken costs nothing when it runs.
     return lax.cond(
         options.temperature > 0,  # pyright: ignore[reportOperatorIssue]
-        lambda: sample(filtered(logits, options), uniform),
-        lambda: argmax(logits),
+        lambda: sample(filtered(logits, top, options), uniform),
+        lambda: first_equal(logits, top),
     )
 
 
-def argmax(x: jax.Array) -> jax.Array:
-    """Index of each row's first maximum, [b, v] -> [b] int32, in two passes that XLA:CPU vectorizes."""
+def first_equal(x: jax.Array, top: jax.Array) -> jax.Array:
+    """Index of each row's first value equal to top [b, 1], the last index if none: [b, v] -> [b] int32."""
     index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    at_top = x == jnp.max(x, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(at_top, index, x.shape[-1] - 1), axis=-1)
+    return jnp.min(jnp.where(x == top, index, x.shape[-1] - 1), axis=-1)
 
 
 def penalized(logits: jax.Array, seen: jax.Array, penalty: jax.typing.ArrayLike) -> jax.Array:
@@ -69,18 +69,19 @@ def penalized(logits: jax.Array, seen: jax.Array, penalty: jax.typing.ArrayLike)
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def filtered(logits: jax.Array, options: Options) -> jax.Array:
+def filtered(logits: jax.Array, top: jax.Array, options: Options) -> jax.Array:
     """Applies temperature, then top-k, top-p and min-p, each to what the one before it left.
 
     Args:
       logits: [b, v] float32.
+      top: [b, 1], their maxima.
       options: temperature > 0; a filter that is None is not part of the program.
 
     Returns:
       [b, v] float32, unnormalized log probabilities with maximum 0; -inf where a filter removed the token.
     """
     # The maximum is taken off first, so that a tiny temperature cannot overflow.
-    x = (logits - jnp.max(logits, axis=-1, keepdims=True)) / options.temperature
+    x = (logits - top) / options.temperature
     if options.top_k is not None:
         x = _top_k(x, options.top_k)
     if options.top_p is not None:

@@ -44,7 +44,7 @@ def fwd(x, kernel, *, transposed, out_dtype):
         y = jax.lax.dot_general(rows, kernel, dims, preferred_element_type=wide)[0]
     else:
         parts = kernel.reshape(_PARTS, d // _PARTS, -1)
-        y = jnp.einsum("sk,sko->so", x.reshape(_PARTS, -1), parts).sum(0)
+        y = sum(jnp.einsum("sk,sko->so", x.reshape(_PARTS, -1), parts))
     return (y.reshape(*x.shape[:-1], -1).astype(out_dtype),)
 
 

@@ -58,7 +58,8 @@ def ssd_step(
     k, q = B.astype(wide), C.astype(wide)
     # (decay * old + outer(v, k)) @ q from the old state: read once here and once below, instead of formed twice.
     read = jnp.einsum("bgrpn,bgn->bgrp", old.reshape(b, g, h // g, p, n), q).reshape(b, h, p)
-    y = (read * decay + v * jnp.repeat((k * q).sum(-1), h // g, axis=1)[..., None]).astype(x.dtype)
+    match = jnp.repeat((k * q).sum(-1), h // g, axis=1)[..., None]
+    y = (read * decay + v * match).astype(x.dtype)
     # Nothing exceeds infinity, so this changes no number. But the update now waits for the read, which lets XLA write
     # the new state over the old; otherwise a decode loop copies every layer's state at every token.
     old = jnp.where(read[..., None] > jnp.inf, 0, old)
