@@ -1,7 +1,8 @@
 """The mathematics of one chunk, over any leading axes; both XLA forms are built from these functions.
 
 Shapes, with "..." for batch (and chunk) axes, r = heads of a group, s and q = positions in the chunk:
-a [..., g, r, q] log decay; k, q [..., g, q, n]; v [..., g, r, q, p]; states [..., g, r, p, n] in float32.
+large, small [..., g, r, q], whose sum is the log decay from the chunk's start; k, q [..., g, q, n];
+v [..., g, r, q, p]; states [..., g, r, p, n] in float32.
 Source: Dao and Gu 2024, "Transformers are SSMs", section 6 (block decomposition of the semiseparable matrix).
 """
 
@@ -17,7 +18,8 @@ from portable.ops._arguments import vary_together
 class Chunk(NamedTuple):
     """A chunk's operands, head-major; `counts` [..., q] numbers the segments inside the chunk, or is None."""
 
-    a: jax.Array
+    large: jax.Array
+    small: jax.Array
     k: jax.Array
     v: jax.Array
     q: jax.Array
@@ -37,8 +39,8 @@ class Decay(NamedTuple):
     whole: jax.Array
 
 
-def decay(a: jax.Array, counts: jax.Array | None) -> Decay:
-    """Returns every product of decays in a chunk, from sums of logs.
+def sums(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the cumulative sums (large, small) of log decays a over the last axis, a chunk.
 
     A difference of two cumulative sums loses the digits that both share, and sums of logs reach hundreds. So each log
     is cut into a multiple of `grid`, whose sums over the chunk are exact, and a rest too small to lose digits. Logs
@@ -49,11 +51,20 @@ def decay(a: jax.Array, counts: jax.Array | None) -> Decay:
     floor = math.log(float(limits.smallest_subnormal))
     grid = 2.0 ** (math.ceil(math.log2(-floor * size)) - limits.nmant - 1)
     a = jnp.maximum(a, floor)
-    coarse = jax.lax.stop_gradient(jnp.round(a / grid) * grid)
-    large, small = jnp.cumsum(coarse, -1), jnp.cumsum(a - coarse, -1)
-    rows, columns = large[..., :, None], large[..., None, :]
-    logs = jnp.minimum((rows - columns) + (small[..., :, None] - small[..., None, :]), 0)
-    mask = jnp.tril(jnp.ones((size, size), bool))
+    coarse = jnp.round(a / grid) * grid
+    return jnp.cumsum(coarse, -1), jnp.cumsum(a - coarse, -1)
+
+
+def differences(x: jax.Array) -> jax.Array:
+    """Returns x[q] - x[s] for all pairs, [..., q] -> [..., q, s]."""
+    return x[..., :, None] - x[..., None, :]
+
+
+def decay(c: Chunk, differences=differences) -> Decay:
+    """Returns every product of decays in a chunk; `differences` forms those of the sums of logs."""
+    large, small, counts = c.large, c.small, c.counts
+    logs = jnp.minimum(differences(large) + differences(small), 0)
+    mask = jnp.tril(jnp.ones((large.shape[-1],) * 2, bool))
     into, out = large + small, (large[..., -1:] - large) + (small[..., -1:] - small)
     whole = into[..., -1]
     if counts is not None:
@@ -106,9 +117,9 @@ def gradients(c: Chunk, d: Decay, state: jax.Array, dy: jax.Array, dstate: jax.A
     dv = _dot("...grqs,...grqp->...grsp", weights, dy, c.v) + into_state * d.out[..., None]
 
     # da[m] = sum over s < m <= q of weights[q, s] * dweights[q, s], then the pairs with the chunk's start and end.
-    upto = jnp.tri(c.a.shape[-1], dtype=d.within.dtype)  # [q, m]: m <= q
-    pairs = jnp.einsum("...grqs,sm->...grqm", scores[..., None, :, :] * dscores, 1 - upto)
-    da = (pairs * upto).sum(-2)
+    upto = jnp.tri(c.large.shape[-1], dtype=d.within.dtype)  # [q, m]: m <= q
+    pairs = jnp.einsum("...grqs,qm->...grms", scores[..., None, :, :] * dscores, upto)
+    da = jnp.einsum("...grms,sm->...grm", pairs, 1 - upto)
     from_state = _dot("...gqn,...grpn->...grqp", c.q, state, c.v)
     through, leaving = (from_state * dy_in).sum(-1), (into_state * v_out).sum(-1)
     da = da + jnp.einsum("...q,qm->...m", through, upto) + jnp.einsum("...s,sm->...m", leaving, 1 - upto)
@@ -139,7 +150,7 @@ def split(size: int, a, k, v, q, boundaries) -> Chunk:
     a = cut(a.reshape(b, t, g, h // g)).transpose(0, 1, 3, 4, 2)
     v = cut(v.reshape(b, t, g, h // g, p)).transpose(0, 1, 3, 4, 2, 5)
     k, q = (cut(x).transpose(0, 1, 3, 2, 4) for x in (k, q))
-    return Chunk(a, k, v, q, counts)
+    return Chunk(*sums(a), k, v, q, counts)
 
 
 def join_heads(x: jax.Array, t: int) -> jax.Array:

@@ -33,7 +33,7 @@ def fwd(a, k, v, q, state, boundaries, *, chunk_size):
     """See `reference.fwd` for the recurrence and `chunk` for the shapes."""
     t = v.shape[1]
     c = chunk.split(_size(t, chunk_size), a, k, v, q, boundaries)
-    d = chunk.decay(c.a, c.counts)
+    d = chunk.decay(c)
     final, before = _pass(chunk.grouped(state, v, k), d.whole, chunk.update(c, d))
     return chunk.join_heads(chunk.output(c, d, before).astype(v.dtype), t), chunk.flat(final)
 
@@ -46,7 +46,7 @@ def bwd(residuals, cotangents, *, chunk_size):
     size = _size(t, chunk_size)
     c = chunk.split(size, a, k, v, q, boundaries)
     dy = chunk.split(size, a, k, dy.astype(v.dtype), q, None).v
-    d = chunk.decay(c.a, c.counts)
+    d = chunk.decay(c)
     _, before = _pass(chunk.grouped(state, v, k), d.whole, chunk.update(c, d))
     ds, after = _pass(chunk.grouped(dfinal, v, k), d.whole, chunk.state_gradient(c, d, dy), reverse=True)
     da, dk, dv, dq = chunk.gradients(c, d, before, dy, after)

@@ -24,13 +24,22 @@ def _size(t: int, chunk_size: int | None) -> int:
     return max(1, min(t, chunk_size or DEFAULT_CHUNK))
 
 
+def _differences(x: jax.Array) -> jax.Array:
+    """As `chunk.differences`, as a product (exact: one addition an element).
+
+    Subtracting broadcasts of a slice, as the loop gives it, XLA:CPU goes element by element, five times slower.
+    """
+    one = jnp.ones_like(x)
+    return jnp.einsum("...qi,...si->...qs", jnp.stack([x, one], -1), jnp.stack([one, -x], -1))
+
+
 def fwd(a, k, v, q, state, boundaries, *, chunk_size):
     """See `reference.fwd` for the recurrence and `chunk` for the shapes."""
     t = v.shape[1]
     chunks = chunk.split(_size(t, chunk_size), a, k, v, q, boundaries)
 
     def body(s, c):
-        d = chunk.decay(c.a, c.counts)
+        d = chunk.decay(c, _differences)
         y = chunk.output(c, d, s)
         return s * d.whole[..., None, None] + chunk.update(c, d), y.astype(v.dtype)
 
@@ -48,14 +57,14 @@ def bwd(residuals, cotangents, *, chunk_size):
     dys = chunk.split(size, a, k, dy.astype(v.dtype), q, None).v
 
     def forward(s, c):
-        d = chunk.decay(c.a, c.counts)
+        d = chunk.decay(c, _differences)
         return s * d.whole[..., None, None] + chunk.update(c, d), s
 
     _, starts = _scan(forward, chunk.grouped(state, v, k), chunks)
 
     def backward(ds, now):
         c, s, dy = now
-        d = chunk.decay(c.a, c.counts)
+        d = chunk.decay(c, _differences)
         grads = chunk.gradients(c, d, s, dy, ds)
         return ds * d.whole[..., None, None] + chunk.state_gradient(c, d, dy), grads
 
