@@ -54,6 +54,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="two small layers: tries the benchmark, measures nothing")
     parser.add_argument("--json", type=pathlib.Path, help=f"results file (default {RESULTS.relative_to(HERE.parent)})")
     parser.add_argument("--show", action="store_true", help="print the table of an existing results file")
+    parser.add_argument("--markdown", action="store_true", help="with --show: the table alone, in Markdown")
     args = parser.parse_args(argv)
     if unknown := set(args.phases) - set(PHASES):
         parser.error(f"there is no phase {sorted(unknown)[0]!r}; there are: {', '.join(PHASES)}")
@@ -70,7 +71,8 @@ def main() -> int:
     args = arguments()
     target = args.json or RESULTS
     if args.show:
-        return show(json.loads(target.read_text()))
+        found = json.loads(target.read_text())
+        return markdown(found) if args.markdown else show(found)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.checkpoint or pathlib.Path(scratch)
         if not (folder / "config.json").exists():
@@ -138,6 +140,15 @@ def show(found: dict[str, Any]) -> int:
             text = "".join(f"; a cached token is {times:.0f}x faster {at}" for at, times in saved.items())
             print(f"  {name}: {speed:.3g} tokens/s{text}")
     return int(any(row.passed is False for row in rows))
+
+
+def markdown(found: dict[str, Any]) -> int:
+    """Prints a results file as a Markdown table under a line that says what was measured."""
+    machine = found["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    print(f"{found['what']}; {machine['processor']}, {found['settings']['threads']} threads; {versions}:\n")
+    print(report.markdown(verdicts.rows(found["phases"])))
+    return 0
 
 
 def say(line: str) -> None:

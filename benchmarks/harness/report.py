@@ -59,3 +59,12 @@ def show(title: str, rows: Sequence[Row], others: Sequence[str] = ()) -> None:
     console.print(table)
     judged = [row for row in rows if row.passed is not None]
     console.print(f"{sum(row.passed is True for row in judged)} of {len(judged)} bars hold.")
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Returns the rows as a Markdown table."""
+    lines = ["| | ours | against | theirs | ratio |", "| --- | ---: | --- | ---: | ---: |"]
+    for row in rows:
+        cells = (row.what.strip(), row.ours, row.against, row.theirs, row.value_text or f"{row.value:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -120,3 +120,19 @@ from portable.generation import generate, programs
         """.replace("\n        ", "\n"),
         devices=4,
     )
+
+
+def test_the_decode_loop_updates_its_states_in_place():
+    model = small()
+    graph, weights = nnx.split(model)
+
+    def loop(weights, token, state):
+        def body(_, carry):
+            logits, state = nnx.merge(graph, weights).step(*carry)
+            return jnp.argmax(logits, -1).astype(jnp.int32), state
+
+        return jax.lax.fori_loop(0, 9, body, (token, state))
+
+    text = jax.jit(loop, donate_argnums=2).lower(weights, jnp.zeros(1, jnp.int32), model.init_state(1)).compile()
+    copies = [line for line in text.as_text().splitlines() if " copy(" in line and "f32[1,4,16,16]" in line]
+    assert not copies, copies
