@@ -54,6 +54,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="two small layers: tries the benchmark, measures nothing")
     parser.add_argument("--json", type=pathlib.Path, help=f"results file (default {RESULTS.relative_to(HERE.parent)})")
     parser.add_argument("--show", action="store_true", help="print the table of an existing results file")
+    parser.add_argument("--renew", action="store_true", help="measure the phases named again, keep the others' results")
     parser.add_argument("--markdown", action="store_true", help="with --show: the table alone, in Markdown")
     args = parser.parse_args(argv)
     if unknown := set(args.phases) - set(PHASES):
@@ -61,8 +62,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for package in ("mamba2_jax", "transformers", "torch", "portable"):
         if not args.show and importlib.util.find_spec(package) is None:
             parser.error(f"{package} is not installed: pip install -e . && pip install -r benchmarks/requirements.txt")
-    if args.json is None and (args.tiny or args.phases) and not args.show:
-        parser.error("a partial run does not replace the committed results: name a file with --json")
+    if args.json is None and (args.tiny or args.phases) and not (args.show or args.renew):
+        parser.error("a partial run does not replace the committed results: give --renew, or a file with --json")
+    if args.renew and not (args.phases and (args.json or RESULTS).exists()):
+        parser.error("--renew needs the names of phases and a results file")
     return args
 
 
@@ -107,6 +110,12 @@ def main() -> int:
             "config": config,
             "phases": {},
         }
+        if args.renew:
+            before = json.loads(target.read_text())
+            if different := [key for key in ("what", "settings", "config") if before[key] != found[key]]:
+                raise SystemExit(f"{target} was measured with other {', '.join(different)}: renew it whole.")
+            date = found["machine"]["date"]
+            found = before | {"renewed": before.get("renewed", {}) | dict.fromkeys(args.phases, date)}
         for name in PHASES:
             if name == "greedy" and "transformers" not in run.peers:
                 say("greedy: left out, it needs transformers")
@@ -126,7 +135,8 @@ def show(found: dict[str, Any]) -> int:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     print(f"\n{found['what']}; {settings['rounds']} rounds, {settings['threads']} threads")
     print(f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; {machine['date']}")
-    print(f"{versions}; our training step: {settings['train']}\n")
+    print(f"{versions}; our training step: {settings['train']}")
+    print("".join(f"renewed: {name}, {date}\n" for name, date in found.get("renewed", {}).items()))
     rows = verdicts.rows(found["phases"])
     report.show("ratios of medians; the columns after them: of minima, of CPU time", rows, verdicts.STATISTICS)
     claims = found["claims"]

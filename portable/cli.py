@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import linecache
 import os
 import re
 import sys
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ImportError,
             RuntimeError,
             AssertionError,
+            MemoryError,
         ) as fault:
             sentence = _sentence(fault)
             if sentence is None:
@@ -151,12 +153,15 @@ def _sentence(fault: Exception) -> str | None:
     if isinstance(fault, ModuleNotFoundError):
         extra = _extra_with(fault.name or "")
         return extra and f"this needs the package {fault.name!r}: pip install 'portable-jax[{extra}]'."
-    *_, (frame, _) = traceback.walk_tb(fault.__traceback__)
+    if isinstance(fault, MemoryError):
+        return f"there is not enough memory for this: {text or 'an allocation failed'}."
+    *_, (frame, line) = traceback.walk_tb(fault.__traceback__)
     raised_in = frame.f_globals.get("__name__", "")
     if raised_in == "jax._src.xla_bridge" and (asked := os.environ.get("JAX_PLATFORMS")):
         return f"JAX_PLATFORMS={asked} asks for a device that jax cannot reach here; unset it, or set it to cpu."
-    # One of portable's own checks: its text is the sentence to show.
-    ours = isinstance(fault, ValueError | TypeError) and raised_in.startswith("portable.")
+    # One of portable's own checks, a `raise` statement: its text is the sentence to show.
+    checked = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+    ours = isinstance(fault, ValueError | TypeError) and raised_in.startswith("portable.") and checked
     return text if ours else None
 
 

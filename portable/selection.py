@@ -46,14 +46,12 @@ class Impl:
         is none). None borrows the backward of the platform's XLA form, which may itself be left to JAX.
       why_not: (*arrays, **options) -> None, or the sentence that says why this call cannot be taken. Looks at shapes
         and dtypes only.
-      interpret: runs `fwd` of a kernel on a CPU with the kernel's own semantics, for tests.
       automatic: whether auto mode may choose it: only with a committed measurement that beats the XLA form.
     """
 
     fwd: Callable
     bwd: Callable | None = None
     why_not: Callable[..., str | None] = _accepts_all
-    interpret: Callable | None = None
     automatic: bool = False
 
 
@@ -148,7 +146,7 @@ def choose(op: str, name: str | None, *args, **options) -> Table:
     if name not in known:
         names = ", ".join(dict.fromkeys([*known, "xla"]))
         raise ValueError(f"{op}: no implementation called {name!r}; there are: {names}.")
-    if reason := known[name].why_not(*args, **options):
+    if args and (reason := known[name].why_not(*args, **options)):
         raise Unavailable(
             f"{op}: {name!r} cannot take this call: {reason} Leave implementation=None to let portable choose."
         )
@@ -171,7 +169,7 @@ def call(op: str, implementation: str | None, arrays: tuple, options: dict[str, 
       The tuple of arrays that `Impl.fwd` returns.
     """
     table = choose(op, implementation, *arrays, **options)
-    chosen = _forward if table.plain else _differentiable
+    chosen = _forward if table.plain else _traced_once
     return chosen(table, tuple(options.items()), *arrays)
 
 
@@ -185,6 +183,8 @@ def _backward(table: Table, options: tuple, residuals, cotangents) -> tuple:
 
 _differentiable = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
 _differentiable.defvjp(lambda table, options, *arrays: (_forward(table, options, *arrays), arrays), _backward)
+# Layers of equal shapes share one trace; XLA inlines the calls.
+_traced_once = jax.jit(_differentiable, static_argnums=(0, 1))
 
 
 def run(table: Table, part: str, *args, **options) -> tuple:
@@ -333,22 +333,24 @@ def explain(op: str | Callable, *args, **kwargs) -> Report:
 
 
 def _explain_rows(op: str, name: str | None, core, options) -> tuple[tuple[str, ...], ...]:
+    name = name or _choice.value
     table = choose(op, name, *(core or ()), **options) if core is not None or name else choose(op, "xla")
-    names = dict(table.names)
+    names, reasons = dict(table.names), _package(op).WHY
     here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     rows = []
     for platform in PLATFORMS:
         chosen = names.get(platform, names["default"])
-        rows.append((platform, chosen, "this process runs here." if platform == here else ""))
+        why = "asked for by name." if name else reasons.get(chosen, "measured faster here than the XLA form.")
+        rows.append((platform, chosen, f"{why} This process runs here." if platform == here else why))
     for other, impl in implementations(op).items():
         if other in names.values():
             continue
         if other == "reference":
             why = "the definition, step by step: exact and slow, by name only."
-        elif other not in KERNEL_HOMES:
-            why = "runs everywhere; another form was measured or is expected to be faster on each platform."
         elif core is not None and (reason := impl.why_not(*core, **options)):
             why = f"cannot take this call: {reason}"
+        elif other not in KERNEL_HOMES:
+            why = f"by name on any platform; {reasons[other]}"
         elif not impl.automatic:
             why = "no committed measurement shows it faster than the XLA form; it runs by name."
         else:
@@ -368,9 +370,12 @@ def info() -> Report:
     for device in jax.devices():
         rows.append((f"device {device.id}", device.platform, device.device_kind))
     here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if asked := _choice.value:
+        rows.append(("portable.using", asked, "in this context, for every op"))
     for op in ops():
-        names = dict(choose(op, None if not _choice.value else "xla").names)
-        rows.append((op, names.get(here, names["default"]), f"of {', '.join(implementations(op))}"))
+        known = implementations(op)
+        names = dict(choose(op, None).names) if asked in (None, "xla", *known) else {"default": "none of that name"}
+        rows.append((op, names.get(here, names["default"]), f"of {', '.join(known)}"))
     return Report("portable", tuple(rows))
 
 

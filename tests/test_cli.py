@@ -13,7 +13,7 @@ import types
 import numpy as np
 import pytest
 
-from portable import cli
+from portable import cli, selection
 from portable.checks import CheckpointError, DataError
 from tests.oracles import ROOT
 
@@ -104,6 +104,9 @@ def test_a_check_of_an_op_is_a_users_mistake_but_a_bug_is_not(command, capsys):
     assert "rms_norm" in capsys.readouterr().err
     command(lambda args: np.ones(3).reshape(2, 2) and None)
     with pytest.raises(ValueError, match="reshape"):
+        cli.main(["broken"])
+    command(lambda args: selection.explain("ssd", 1))
+    with pytest.raises(TypeError, match="missing 5 required"):
         cli.main(["broken"])
     command(_raise(KeyError("bug")))
     with pytest.raises(KeyError):

@@ -56,6 +56,15 @@ def test_links_and_paths_lead_somewhere(page):
     assert not missing
 
 
+def test_the_reference_has_every_public_function_of_a_room():
+    page = (ROOT / "docs/reference.md").read_text()
+    for room in ("portable.ops", "portable.sharding"):
+        module = importlib.import_module(room)
+        for name, thing in vars(module).items():
+            if callable(thing) and not name.startswith("_") and thing.__module__.startswith(room):
+                assert f"::: {room}.{name}\n" in page, f"{room}.{name}"
+
+
 def test_command_blocks_and_ci_are_one():
     tests, demo = (readme.command(name, readme.README.read_text()) for name in ("tests", "demo"))
     for command in (tests, demo):

@@ -100,12 +100,15 @@ def test_the_xla_name_is_the_form_of_the_platform():
 def test_explain_speaks_in_sentences():
     text = str(portable.explain(ssd, *ARGS, **KWARGS))
     assert text.startswith("ssd\n")
-    assert "cpu   xla_scan    this process runs here." in text
+    assert "cpu   xla_scan    walks the chunks: one chunk's scores stay in a processor's cache. This process" in text
+    assert "tpu   xla_chunks  takes all chunks at once" in text
     assert "by name only" in text
     abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ARGS]
     assert str(portable.explain("ssd", *abstract)) == text
     assert str(portable.explain("ssd")) == text
-    with pytest.raises(ValueError, match="no op called 'sdd'; there are: causal_conv1d, linear, rms_norm, ssd"):
+    with pytest.raises(
+        ValueError, match="no op called 'sdd'; there are: causal_conv1d, linear, rms_norm, ssd, ssd_step"
+    ):
         portable.explain("sdd")
 
 
@@ -158,3 +161,17 @@ def test_a_named_kernel_is_strict(kernel):
     narrow = jnp.ones((2, 96))
     with pytest.raises(portable.Unavailable, match="'pallas_tpu' cannot take this call: d must divide by 128, got 96"):
         rms_norm(narrow, narrow[0], implementation="pallas_tpu")
+
+
+def test_explain_gives_the_reason_of_a_form_that_refuses():
+    text = str(portable.explain("linear", jnp.ones([10, 64]), jnp.ones([64, 64])))
+    assert "xla_row    cannot take this call: it is for one row; got 10." in text
+
+
+def test_explain_and_info_know_what_is_asked_for():
+    with portable.using("reference"):
+        assert "cpu   reference   asked for by name. This process runs here." in str(portable.explain("ssd"))
+        assert any(row[:2] == ("ssd", "reference") for row in portable.info().rows)
+        assert any(row[:2] == ("portable.using", "reference") for row in portable.info().rows)
+    with portable.using("xla_scan"):
+        assert any(row[:2] == ("rms_norm", "none of that name") for row in portable.info().rows)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from portable.checks import ConfigError
+from portable.nn.norm import ACTIVATIONS
 
 # What transformers assumes for a key that its config.json leaves out, where that differs from our default.
 _TRANSFORMERS_DEFAULTS = {
@@ -166,6 +167,15 @@ class Mamba2Config:
             )
         for name in ("time_step_limit", "A_init_range"):
             _check_range(name, getattr(self, name))
+        if self.hidden_act not in ACTIVATIONS:
+            raise ConfigError(
+                f"Mamba2Config: hidden_act must be one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}."
+            )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, tuple)
+            if not all(i is None or type(i) is int for i in (value if several else (value,))):
+                raise ConfigError(f"Mamba2Config: {name} must be a token id or null; got {value!r}.")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -209,10 +219,17 @@ class Mamba2Config:
             "model_type": "mamba2",
             **{name: _json(getattr(self, name)) for name in _transformers_fields()},
             "vocab_size": self.padded_vocab_size,
+            **self._padding(),
             "chunk_size": self.file_chunk_size,
             # It concerns initialisation alone, but transformers 5 also divides the weights it loads where it is true.
             "rescale_prenorm_residual": False,
         }
+
+    def _padding(self) -> dict[str, int]:
+        """What transformers has no word for; it passes over keys that it does not know."""
+        if self.vocab_size == self.padded_vocab_size:
+            return {}
+        return {"unpadded_vocab_size": self.vocab_size, "pad_vocab_size_multiple": self.pad_vocab_size_multiple}
 
     def _unknown_to_transformers(self) -> list[str]:
         changed = ((name, getattr(self, name)) for name in _NOT_IN_TRANSFORMERS)
@@ -265,12 +282,25 @@ def _transformers_fields() -> list[str]:
 def _from_transformers(config: dict[str, Any]) -> dict[str, Any]:
     _check_present(config, _TRANSFORMERS_NEEDS)
     fields = {name: config[name] for name in _transformers_fields() if name in config}
+    if (real := config.get("unpadded_vocab_size")) is not None:
+        multiple = config.get("pad_vocab_size_multiple", 1)
+        for name, count in {"unpadded_vocab_size": real, "pad_vocab_size_multiple": multiple}.items():
+            _check_count(name, count)
+        if -(-real // multiple) * multiple != fields["vocab_size"]:
+            raise ConfigError(
+                f"Mamba2Config: vocab_size must be unpadded_vocab_size {real} rounded up to a multiple of {multiple}; "
+                f"got {fields['vocab_size']}."
+            )
+        fields |= {"vocab_size": real, "pad_vocab_size_multiple": multiple}
     return {**_TRANSFORMERS_DEFAULTS, **fields, "file_chunk_size": config.get("chunk_size", 256)}
 
 
 def _from_state_spaces(config: dict[str, Any]) -> dict[str, Any]:
     _check_present(config, ("vocab_size", "d_model", "n_layer"))
-    layer = {key: _plain(value) for key, value in (config.get("ssm_cfg") or {}).items()}
+    layer = config.get("ssm_cfg") or {}
+    if not isinstance(layer, Mapping):
+        raise ConfigError(f"Mamba2Config: ssm_cfg must hold options by name; got {layer!r}.")
+    layer = {key: _plain(value) for key, value in layer.items()}
     if unknown := layer.keys() - set(_STATE_SPACES_LAYER.values()) - _STATE_SPACES_IGNORED:
         raise ConfigError(f"Mamba2Config: ssm_cfg has options this model does not know: {', '.join(sorted(unknown))}.")
     for name, count in {"d_model": config["d_model"], "expand": (expand := layer.get("expand", 2))}.items():

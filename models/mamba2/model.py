@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -155,6 +154,10 @@ class Mamba2LM(nnx.Module):
           TypeError: tokens are not integers.
         """
         self._check(tokens)
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"Mamba2LM: state must have one entry a layer, {len(self.layers)}; got {len(state)}.")
+        if last_only and not tokens.shape[1]:
+            raise ValueError("Mamba2LM: last_only needs at least one position; got tokens of length 0.")
         inverse = None
         if mask is not None:
             if lengths is not None:
@@ -233,6 +236,8 @@ class Mamba2LM(nnx.Module):
 
     def _check(self, tokens) -> None:
         v = self.config.padded_vocab_size
+        if not hasattr(tokens, "ndim"):
+            raise TypeError(f"Mamba2LM: tokens must be an array [b, t]; got {type(tokens).__name__}.")
         if tokens.ndim != 2:
             raise ValueError(f"Mamba2LM: tokens must be [b, t]; got shape {list(tokens.shape)}.")
         if not jnp.issubdtype(tokens.dtype, jnp.integer):

@@ -202,7 +202,8 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Source]
         ) from fault
     finally:
         for file in partial.values():
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
 
 
 def _shards(tensors: Mapping[str, Source], limit: int) -> list[dict[str, Source]]:

@@ -4,12 +4,16 @@ import argparse
 import time
 from pathlib import Path
 
+from portable.checks import DataError
+
 EXAMPLES = """examples:
   portable demo                             # learns from the reference manual inside Python
   portable demo notes.txt                   # from a text of yours, or a folder of texts
   portable demo notes.txt --prompt "Dear "  # continues these words instead
 """
 
+# Less does not fill a window of training and leave something to hold out.
+_LEAST_BYTES = 2048
 CODE = "def read_lines(path):\n"
 PROSE = 'The "with" statement '  # of the manual, on which it has not been trained as prose
 
@@ -40,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     text = _text(args.text)
+    if (size := sum(len(document.data) for document in text.train)) < _LEAST_BYTES:
+        raise DataError(f"{args.text} has too little text to learn from: {size} bytes; give at least {_LEAST_BYTES}.")
     folder = _new_folder(args.out)
     model = models.load(models.EMBEDDED, jnp.float32)
     size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))

@@ -5,11 +5,11 @@ import sys
 import time
 from typing import Any
 
-from portable.checks import DataError, PortableError
+from portable.checks import ConfigError, DataError, PortableError
 
 EXAMPLES = """examples:
   portable generate runs/notes/model --prompt "Once upon a time"
-  portable generate state-spaces/mamba2-130m --prompt "Mamba is" --tokenizer tokenizer.json --dtype bfloat16
+  portable generate converted/mamba2-130m --prompt "Mamba is" --tokenizer tokenizer.json --dtype bfloat16
   portable generate MODEL --prompt "def " --temperature 0.8 --top-p 0.95 --seed 7
   portable generate MODEL --max-new-tokens 1000 --ignore-eos    # without a prompt: begins a document
   cat notes.txt | portable generate MODEL --prompt - > more.txt
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     from portable.generation.text import TextStream
     from portable.training.tokens import load_tokenizer
 
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"--seed must be in 0..{2**32 - 1}; got {args.seed}.")
     folder = checkpoint.locate(args.model)
     file = args.tokenizer or folder / "tokenizer.json"
     tokenizer = load_tokenizer(file if args.tokenizer or file.is_file() else None)
@@ -83,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     tokens = np.asarray(tokenizer.encode(prompt), np.int32)
     if not tokens.size:
         tokens = np.array([_first(model.config.bos_token_id, tokenizer.separator, size)], np.int32)
-    ends = {model.config.eos_token_id, tokenizer.separator}
+    eos = model.config.eos_token_id
+    ends = {*(eos if isinstance(eos, tuple) else (eos,)), tokenizer.separator}
     text = TextStream(tokenizer.decode, before=tokens)
     if sys.stdout.isatty():
         _write(prompt.decode("utf-8", errors="replace"))

@@ -145,12 +145,14 @@ def _model(args: argparse.Namespace, tokenizer):
             )
     else:
         loaded, make = None, Mamba2LM
-        width, layers, state_size, head_dim = (given[name] or default for name, default, _ in _SIZES)
+        width, layers, state_size, head_dim = (
+            default if given[name] is None else given[name] for name, default, _ in _SIZES
+        )
         config = Mamba2Config(
             vocab_size=tokenizer.vocab_size,
             hidden_size=width,
             num_hidden_layers=layers,
-            num_heads=2 * width // head_dim,
+            num_heads=2 * width // max(1, head_dim),
             head_dim=head_dim,
             state_size=state_size,
             initializer_range=0.02,

@@ -107,6 +107,8 @@ def count(max_new_tokens: Any) -> int:
     n = _whole("max_new_tokens", max_new_tokens)
     if n < 1:
         raise ValueError(f"generate: max_new_tokens must be at least 1; got {n}.")
+    if n >= 2**31:
+        raise ValueError(f"generate: max_new_tokens must be below 2**31; got {n}.")
     return n
 
 

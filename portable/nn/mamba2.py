@@ -179,7 +179,9 @@ class Mamba2(nnx.Module):
 
         Raises:
           ValueError: shapes do not fit, both lengths and mask are given, or a concrete mask has holes.
+          TypeError: u is not floating point.
         """
+        self._check(u, 3)
         inverse = None
         if mask is not None:
             if lengths is not None:
@@ -191,6 +193,12 @@ class Mamba2(nnx.Module):
         b, t, _ = u.shape
         h, p, n, g = self.num_heads, self.head_dim, self.state_size, self.n_groups
         u = u.astype(self.dtype)
+        real = None if lengths is None else jnp.arange(t) < lengths[:, None]
+        if (
+            lengths is not None and real is not None and segment_ids is not None and t
+        ):  # padding belongs to the last real segment
+            last = jnp.take_along_axis(segment_ids, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
+            segment_ids = jnp.where(real, segment_ids, last)
 
         fused = self.activation in ("silu", "swish")
         options = {"lengths": lengths, "segment_ids": segment_ids, "activation": "silu" if fused else None}
@@ -203,8 +211,8 @@ class Mamba2(nnx.Module):
             x, B, C = map(ACTIVATIONS[self.activation], (x, B, C))
 
         dt = self._step_sizes(self.in_dt(u))
-        if lengths is not None:  # a position with dt = 0 leaves the state untouched
-            dt = jnp.where(jnp.arange(t)[None, :, None] < lengths[:, None, None], dt, 0)
+        if real is not None:  # a position with dt = 0 leaves the state untouched
+            dt = jnp.where(real[..., None], dt, 0)
         y, ssm = ops.ssd(
             x.reshape(b, t, h, p),
             dt,
@@ -236,6 +244,7 @@ class Mamba2(nnx.Module):
 
     def step(self, u: Float[Array, "b d"], state: Mamba2State) -> tuple[Float[Array, "b d"], Mamba2State]:
         """Mixes one position: (u [b, d], state) -> (y [b, d], state). Equal to a call with t = 1, but cheaper."""
+        self._check(u, 2)
         b = u.shape[0]
         h, p, n, g = self.num_heads, self.head_dim, self.state_size, self.n_groups
         u = u.astype(self.dtype)
@@ -254,6 +263,14 @@ class Mamba2(nnx.Module):
         )
         y = self.out(self._gate(y.reshape(b, h * p), self.in_z(u)))
         return y, Mamba2State(state_x, state_B, state_C, ssm)
+
+    def _check(self, u, rank: int) -> None:
+        wanted = "[b, t, d]" if rank == 3 else "[b, d]"
+        if getattr(u, "ndim", None) != rank or u.shape[-1] != self.in_x.in_features:
+            found = list(u.shape) if hasattr(u, "shape") else type(u).__name__
+            raise ValueError(f"Mamba2: u must be {wanted} with d={self.in_x.in_features}; got {found}.")
+        if not jnp.issubdtype(u.dtype, jnp.floating):
+            raise TypeError(f"Mamba2: u must be floating point; got {u.dtype}.")
 
     def _rates(self) -> Float[Array, " h"]:
         return -jnp.exp(jnp.asarray(self.A_log[...]).astype(jnp.promote_types(jnp.float32, self.dtype)))

@@ -4,4 +4,4 @@ from portable.ops._causal_conv1d.api import causal_conv1d as causal_conv1d
 from portable.ops._linear.api import linear as linear
 from portable.ops._rms_norm.api import rms_norm as rms_norm
 from portable.ops._ssd.api import ssd as ssd
-from portable.ops._ssd.step import ssd_step as ssd_step
+from portable.ops._ssd_step.api import ssd_step as ssd_step

@@ -6,6 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
+def check_array(op: str, **arrays) -> None:
+    """Raises TypeError unless every argument that is not None is an array."""
+    for name, x in arrays.items():
+        if x is not None and not hasattr(x, "ndim"):
+            raise TypeError(f"{op}: {name} must be an array; got {type(x).__name__}. Wrap it in jnp.asarray.")
+
+
 def check_float(op: str, **arrays) -> None:
     """Raises TypeError unless every array that is not None has a floating dtype."""
     for name, x in arrays.items():
@@ -25,6 +32,7 @@ def check_shape(op: str, name: str, x, letters: str, sizes: dict[str, int]) -> N
     """
     if x is None:
         return
+    check_array(op, **{name: x})
     axes = letters.split()
     wanted = f"[{', '.join(axes)}]"
     if x.ndim != len(axes):

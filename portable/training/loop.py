@@ -262,12 +262,20 @@ def _bits_per_nat(packed: Packed) -> float:
 def _description(model: nnx.Module, text: Text, options: TrainOptions, tokenizer: Tokenizer) -> dict:
     return {
         "model": {"class": type(model).__name__} | dataclasses.asdict(model.config),  # pyright: ignore[reportAttributeAccessIssue]
+        "initial_weights": _fingerprint(model),
         "compute_dtype": jnp.dtype(model.dtype).name,  # pyright: ignore[reportAttributeAccessIssue]
         "remat": getattr(model, "remat", "none"),
         "training": options.trajectory(),
         "tokenizer": tokenizer.name,
         "text": text.fingerprint,
     }
+
+
+def _fingerprint(model: nnx.Module) -> str:
+    """A number that other weights do not share, but the same ones do on any device, rounding aside."""
+    arrays = jax.tree.leaves(nnx.state(model, nnx.Param))
+    means = [float(jnp.mean(jnp.abs(x.astype(jnp.float32)))) if x.size else 0.0 for x in arrays]
+    return f"{sum(i * mean for i, mean in enumerate(means, 1)) / max(1, len(arrays)):.5g}"
 
 
 def _information() -> dict:

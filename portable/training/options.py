@@ -57,6 +57,7 @@ class TrainOptions:
             self._rule(name, getattr(self, name) > 0, "must be positive")
         for name in ("warmup", "weight_decay", "clip", "eval_every", "seed"):
             self._rule(name, getattr(self, name) >= 0, "must not be negative")
+        self._rule("seed", self.seed < 2**32, "must be below 2**32")
         for name in ("beta1", "beta2"):
             self._rule(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
         self._rule("final_fraction", 0 <= self.final_fraction <= 1, "must be between 0 and 1")

@@ -81,6 +81,14 @@ def test_a_terminal_sees_the_prompt_and_no_escape_sequences(tmp_path, capsys, mo
     assert "\x1b" in capsys.readouterr().out
 
 
+def test_a_model_with_several_ends(tmp_path, capsys):
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": [0, 10]}))
+    assert cli.main(["generate", str(tmp_path), "--prompt", "a", "--max-new-tokens", "5"]) == 0
+    assert "token" in capsys.readouterr().err
+
+
 def test_with_a_tokenizer(tmp_path, capsys):
     tokenizers = need("tokenizers")
     words = ["<|endoftext|>", "the", "cat", "sat", "on", "mat"]
@@ -100,6 +108,8 @@ def test_with_a_tokenizer(tmp_path, capsys):
     "arguments, sentence",
     [
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1; got 0"),
+        (["--max-new-tokens", "99999999999"], "max_new_tokens must be below 2**31; got 99999999999"),
+        (["--seed", "99999999999999999999"], "--seed must be in 0..4294967295; got 99999999999999999999"),
         (["--temperature", "-1"], "temperature must be 0"),
         (["--temperature", "1", "--top-p", "0"], "top_p must be in (0, 1]; got 0.0"),
         (["--tokenizer", "nowhere.json"], "nowhere.json cannot be read"),

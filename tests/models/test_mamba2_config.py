@@ -118,6 +118,9 @@ def test_options_that_transformers_ignores_in_its_own_files_are_ignored():
 def test_transformers_has_no_padding_so_the_rows_are_written():
     padded = dataclasses.replace(EVERY_OPTION, vocab_size=50, pad_vocab_size_multiple=16)
     assert padded.to_dict()["vocab_size"] == 64
+    plain = dataclasses.replace(padded, rms_norm=True, norm_before_gate=False, D_has_hdim=False)
+    back = _reread(plain, "transformers")
+    assert (back.vocab_size, back.padded_vocab_size) == (50, 64)
     assert _reread(padded, "state-spaces") == padded
 
 
@@ -159,6 +162,9 @@ def test_missing_fields_are_all_named():
         ({"time_step_limit": [0.1]}, r"time_step_limit must be \(low, high\)"),
         ({"time_step_limit": [0.2, 0.1]}, r"time_step_limit .* 0 <= low <= high, got \(0.2, 0.1\)"),
         ({"time_step_limit": [0.1, "high"]}, "time_step_limit"),
+        ({"hidden_act": "mish"}, "hidden_act must be one of silu, .*; got 'mish'"),
+        ({"eos_token_id": "a"}, "eos_token_id must be a token id or null; got 'a'"),
+        ({"unpadded_vocab_size": 10**6}, "vocab_size must be unpadded_vocab_size 1000000 rounded up"),
     ],
 )
 def test_contradictions_in_transformers_format(change, sentence):
@@ -177,6 +183,7 @@ def test_contradictions_in_transformers_format(change, sentence):
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 0}}, "headdim must be an integer"),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 100}}, r"num_heads \* head_dim must equal"),
         ({"d_model": "768"}, "d_model must be an integer"),
+        ({"ssm_cfg": ["x"]}, r"ssm_cfg must hold options by name; got \('x',\)"),
     ],
 )
 def test_what_the_model_lacks_in_state_spaces_format(change, sentence):

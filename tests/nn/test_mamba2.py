@@ -181,3 +181,30 @@ def test_wrong_arguments_get_a_sentence():
         layer(n_groups=3)
     with pytest.raises(ValueError, match="activation must be one of silu"):
         layer(activation="mish")
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 0, 9, 9, 9], [4, 4, 4, 0, 0, 0], [2, 7, 7, 7, 0, 5]])
+def test_padding_ends_no_segment(ids):
+    layer = Mamba2(32, num_heads=4, head_dim=16, state_size=8, rngs=nnx.Rngs(0))
+    u, ids = jax.random.normal(jax.random.key(0), (1, 6, 32)), jnp.array([ids])
+    y, want = layer(u[:, :3], segment_ids=ids[:, :3], return_state=True)
+    assert jnp.abs(want.ssm).max() > 1e-4
+    right = layer(u, segment_ids=ids, lengths=jnp.array([3]), return_state=True)
+    mask = jnp.arange(6)[None] >= 3
+    left = layer(jnp.roll(u, 3, 1), segment_ids=jnp.roll(ids, 3, 1), mask=mask, return_state=True)
+    for got, start in ((right, 0), (left, 3)):
+        assert jnp.allclose(got[0][:, start : start + 3], y, atol=1e-6)
+        for g, w in zip(got[1], want, strict=True):
+            assert jnp.allclose(g, w, atol=1e-6)
+
+
+def test_inputs_that_are_no_sequence():
+    layer = Mamba2(32, num_heads=4, head_dim=16, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"u must be \[b, t, d\] with d=32; got \[2, 32\]"):
+        layer(jnp.ones([2, 32]))
+    with pytest.raises(ValueError, match=r"u must be \[b, d\] with d=32; got \[2, 1, 32\]"):
+        layer.step(jnp.ones([2, 1, 32]), layer.init_state(2))
+    with pytest.raises(ValueError, match="got list"):
+        layer([[1.0]])
+    with pytest.raises(TypeError, match="floating point; got int32"):
+        layer(jnp.ones([1, 2, 32], jnp.int32))

@@ -191,8 +191,17 @@ BAD = {
     "negative dt": (lambda a: (a[0], -a[1], *a[2:]), {}, ValueError, "dt must be >= 0"),
     "integers": (lambda a: (a[0].astype(jnp.int32), *a[1:]), {}, TypeError, "x must be floating point; got int32"),
     "float ids": (lambda a: a, {"segment_ids": jnp.zeros((2, 96))}, TypeError, "segment_ids must be integers"),
-    "chunk": (lambda a: a, {"chunk_size": 0}, ValueError, "chunk_size must be at least 1; got 0"),
+    "chunk": (lambda a: a, {"chunk_size": 0}, ValueError, "chunk_size must be an integer of at least 1; got 0"),
+    "half a chunk": (
+        lambda a: a,
+        {"chunk_size": 2.5},
+        ValueError,
+        "chunk_size must be an integer of at least 1; got 2",
+    ),
+    "a list": (lambda a: (*a[:2], [-1.0] * 4, *a[3:]), {}, TypeError, "A must be an array; got list"),
+    "a number": (lambda a: a, {"D": 1.0}, TypeError, "D must be an array; got float"),
     "skip": (lambda a: a, {"D": jnp.zeros((3,))}, ValueError, r"D must be \[h\] with h=4"),
+    "scalar skip": (lambda a: a, {"D": jnp.zeros(())}, ValueError, r"D must be \[h\] or \[h, p\]; got shape \[\]"),
     "state": (lambda a: a, {"initial_state": jnp.zeros((2, 4, 16, 3))}, ValueError, "initial_state must be"),
     "name": (lambda a: a, {"implementation": "palas"}, ValueError, "no implementation called 'palas'; there are: ref"),
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from portable import models
 from portable.checkpoint.orbax import TrainingCheckpoints
 from portable.checks import CheckpointError
 from portable.cli import main
@@ -234,6 +235,20 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(text, stopped, tmp
     (filled / "thesis.tex").write_text("x")
     assert main(command(text, filled)) == 2
     assert "holds thesis.tex: give a new or empty one" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_from_other_weights(text, whole, tmp_path, capsys):
+    model = models.load(whole / "model")
+    model.embed.embedding[...] *= 1.01
+    models.save(model, tmp_path / "other")
+
+    def begin(init: Path) -> int:
+        return main(["train", str(text), "--out", str(tmp_path / "run"), *OPTIONS, "--init", str(init), "--quiet"])
+
+    assert begin(whole / "model") == 0
+    assert begin(whole / "model") == 0
+    assert begin(tmp_path / "other") == 2
+    assert "initial_weights was" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_share_a_folder(text, stopped, capsys):

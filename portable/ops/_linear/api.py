@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from portable import selection
-from portable.ops._arguments import check_float, vary_together
+from portable.ops._arguments import check_array, check_float, vary_together
 
 
 def linear(
@@ -47,6 +47,7 @@ def linear(
 
 def prepare(x, kernel, *, transposed=False, out_dtype=None):
     """Checks the arguments; returns the core's (x, kernel) in their common dtype and its options."""
+    check_array("linear", x=x, kernel=kernel)
     form = "[o, d]" if transposed else "[d, o]"
     if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[1 if transposed else 0]:
         raise ValueError(

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float
 
 from portable import selection
-from portable.ops._arguments import check_float, vary_together
+from portable.ops._arguments import check_array, check_float, vary_together
 
 
 def rms_norm(
@@ -55,6 +55,7 @@ def rms_norm(
 
 def prepare(x, scale, *, gate=None, norm_before_gate=False, groups=1, eps=1e-5):
     """Checks the arguments; returns the core's (x, scale, gate) and its options."""
+    check_array("rms_norm", x=x, scale=scale, gate=gate)
     if x.ndim < 1 or scale.shape != x.shape[-1:]:
         raise ValueError(
             f"rms_norm: x must be [..., d] and scale [d]; got x {list(x.shape)} and scale {list(scale.shape)}."

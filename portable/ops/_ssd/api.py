@@ -6,6 +6,7 @@ from portable import selection
 from portable.checks import check_values
 from portable.ops._arguments import (
     accumulator,
+    check_array,
     check_float,
     check_groups,
     check_integer,
@@ -37,7 +38,7 @@ def ssd(
 
     Sums, decays and states are float32 (float64 if an argument is float64) whatever the dtype of x; matrix products
     take operands in the dtype of x. A position with dt = 0 and x = 0 leaves the state untouched, so padding is exact.
-    Differentiable in every floating argument.
+    Differentiable in every floating argument, in reverse mode; `implementation="reference"` also in forward mode.
 
     Args:
       x: [b, t, h, p] inputs. Any t >= 0.
@@ -90,8 +91,8 @@ def prepare(x, dt, A, B, C, *, D=None, initial_state=None, segment_ids=None, chu
     check_skip("ssd", D, sizes)
     check_float("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
     check_integer("ssd", segment_ids=segment_ids)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"ssd: chunk_size must be at least 1; got {chunk_size}. None takes the default.")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"ssd: chunk_size must be an integer of at least 1; got {chunk_size}. None takes the default.")
     check_values(
         lambda a: ~(a > 0), "ssd: A must not be positive (a decay rate, -exp(A_log)); got a positive entry.", A
     )
@@ -105,8 +106,11 @@ def prepare(x, dt, A, B, C, *, D=None, initial_state=None, segment_ids=None, chu
 
 def check_skip(op: str, D, sizes) -> None:
     """Raises ValueError unless D is None, [h] or [h, p]."""
+    check_array(op, D=D)
+    if D is not None and D.ndim not in (1, 2):
+        raise ValueError(f"{op}: D must be [h] or [h, p]; got shape {list(D.shape)}.")
     if D is not None:
-        check_shape(op, "D", D, "h" if D.ndim < 2 else "h p", sizes)
+        check_shape(op, "D", D, "h" if D.ndim == 1 else "h p", sizes)
 
 
 def add_skip(y, x, D):
@@ -114,4 +118,4 @@ def add_skip(y, x, D):
     if D is None:
         return y
     wide = accumulator(x)
-    return (y.astype(wide) + D.astype(wide).reshape(D.shape[0], -1) * x.astype(wide)).astype(x.dtype)
+    return (y.astype(wide) + (D[:, None] if D.ndim == 1 else D).astype(wide) * x.astype(wide)).astype(x.dtype)

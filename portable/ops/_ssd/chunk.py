@@ -156,13 +156,15 @@ def split(size: int, a, k, v, q, boundaries) -> Chunk:
 def join_heads(x: jax.Array, t: int) -> jax.Array:
     """[b, c, g, r, q, ...] -> [b, t, h, ...], the inverse of `split` for a and v."""
     x = jnp.moveaxis(x, 4, 2)
-    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :t]
+    b, c, q, g, r, *rest = x.shape
+    return x.reshape(b, c * q, g * r, *rest)[:, :t]
 
 
 def join_groups(x: jax.Array, t: int) -> jax.Array:
     """[b, c, g, q, n] -> [b, t, g, n], the inverse of `split` for k and q."""
     x = jnp.moveaxis(x, 3, 2)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
+    b, c, q, *rest = x.shape
+    return x.reshape(b, c * q, *rest)[:, :t]
 
 
 def grouped(state, v: jax.Array, k: jax.Array) -> jax.Array:
@@ -177,7 +179,8 @@ def grouped(state, v: jax.Array, k: jax.Array) -> jax.Array:
 
 def flat(state: jax.Array) -> jax.Array:
     """[b, g, r, p, n] -> [b, h, p, n]."""
-    return state.reshape(state.shape[0], -1, *state.shape[3:])
+    b, g, r, *rest = state.shape
+    return state.reshape(b, g * r, *rest)
 
 
 def cotangents(residuals, da, dk, dv, dq, dstate):

@@ -1,11 +1,10 @@
-"""One token of the recurrence of `ssd`, for decoding."""
+"""The contract of `ssd_step`: checks and preparation. No algorithm."""
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from portable import selection
 from portable.checks import check_values
-from portable.ops._arguments import accumulator, check_float, check_groups, check_shape
+from portable.ops._arguments import accumulator, check_float, check_groups, check_shape, vary_together
 from portable.ops._ssd.api import add_skip, check_skip
 
 
@@ -18,15 +17,18 @@ def ssd_step(
     state: Float[Array, "b h p n"],
     *,
     D: Float[Array, " h"] | Float[Array, "h p"] | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "b h p"], Float[Array, "b h p n"]]:
     """Advances the state of `ssd` by one position; `ssd` over t positions equals t calls of this.
 
-    It is elementwise work and one reduction, memory bound on every platform, so it has one form.
+    It is elementwise work and one reduction, memory bound on every platform, so it has one form, which JAX
+    differentiates in every mode.
 
     Args:
       x: [b, h, p]. dt: [b, h], after softplus, >= 0. A: [h], <= 0. B, C: [b, g, n] with h % g == 0.
       state: [b, h, p, n] before this position.
       D: [h] or [h, p] skip weights, or None.
+      implementation: "reference" or "xla".
 
     Returns:
       y [b, h, p] in the dtype of x, and the state after this position in the dtype of `state` (computed in float32).
@@ -36,6 +38,13 @@ def ssd_step(
 
     Source: Dao and Gu 2024 (arXiv 2405.21060), equation 1.
     """
+    arrays, options = prepare(x, dt, A, B, C, state, D=D)
+    y, new = selection.call("ssd_step", implementation, arrays, options)
+    return add_skip(y.astype(x.dtype), x, D), new.astype(state.dtype)
+
+
+def prepare(x, dt, A, B, C, state, *, D=None):
+    """Checks the arguments; returns the core's (log decay, k, v, q, state) in float32 and no options."""
     sizes: dict[str, int] = {}
     check_shape("ssd_step", "x", x, "b h p", sizes)
     check_shape("ssd_step", "dt", dt, "b h", sizes)
@@ -50,18 +59,6 @@ def ssd_step(
     check_values(lambda d: ~(d < 0), "ssd_step: dt must be >= 0 (apply softplus first); got a negative entry.", dt)
 
     wide = accumulator(x, dt)
-    b, h, p = x.shape
-    g, n = B.shape[1:]
     dt = dt.astype(wide)
-    decay = jnp.exp(dt * A.astype(wide))[..., None]
-    old, v = state.astype(wide), x.astype(wide) * dt[..., None]
-    k, q = B.astype(wide), C.astype(wide)
-    # (decay * old + outer(v, k)) @ q from the old state: read once here and once below, instead of formed twice.
-    read = jnp.einsum("bgrpn,bgn->bgrp", old.reshape(b, g, h // g, p, n), q).reshape(b, h, p)
-    match = jnp.repeat((k * q).sum(-1), h // g, axis=1)[..., None]
-    y = (read * decay + v * match).astype(x.dtype)
-    # Nothing exceeds infinity, so this changes no number. But the update now waits for the read, which lets XLA write
-    # the new state over the old; otherwise a decode loop copies every layer's state at every token.
-    old = jnp.where(read[..., None] > jnp.inf, 0, old)
-    new = old * decay[..., None] + v[..., None] * jnp.repeat(k, h // g, axis=1)[:, :, None]
-    return add_skip(y, x, D), new.astype(state.dtype)
+    arrays = (dt * A.astype(wide), B, x.astype(wide) * dt[..., None], C, state)
+    return vary_together(*(array.astype(wide) for array in arrays)), {}
