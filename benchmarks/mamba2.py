@@ -156,7 +156,9 @@ def markdown(found: dict[str, Any]) -> int:
     """Prints a results file as a Markdown table under a line that says what was measured."""
     machine = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    print(f"{found['what']}; {machine['processor']}, {found['settings']['threads']} threads; {versions}:\n")
+    print(f"{found['what']}; {machine['processor']}, {found['settings']['threads']} threads; {versions};")
+    renewed = "".join(f"; `{name}` renewed {date}" for name, date in found.get("renewed", {}).items())
+    print(f"{machine['date']}{renewed}:\n")
     print(report.markdown(verdicts.rows(found["phases"])))
     return 0
 

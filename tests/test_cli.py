@@ -113,6 +113,21 @@ def test_a_check_of_an_op_is_a_users_mistake_but_a_bug_is_not(command, capsys):
         cli.main(["broken"])
 
 
+def test_too_little_memory_is_said(command, capsys):
+    command(_raise(MemoryError("Unable to allocate 373. GiB")))
+    assert cli.main(["broken"]) == 2
+    assert "not enough memory for this: Unable to allocate 373. GiB" in capsys.readouterr().err
+
+
+def test_the_demo_refuses_a_text_of_a_few_bytes_before_it_writes(tmp_path, capsys):
+    (tmp_path / "s.txt").write_text("short")
+    assert cli.main(["demo", str(tmp_path / "s.txt"), "--out", str(tmp_path / "run")]) == 2
+    out, err = capsys.readouterr()
+    assert "too little text to learn from: 5 bytes; give at least 2048" in err
+    assert not out
+    assert not (tmp_path / "run").exists()
+
+
 def test_traceback_on_request(command, capsys, monkeypatch):
     monkeypatch.setenv("PORTABLE_TRACEBACK", "1")
     command(_raise(DataError("no text.")))

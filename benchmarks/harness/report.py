@@ -63,8 +63,11 @@ def show(title: str, rows: Sequence[Row], others: Sequence[str] = ()) -> None:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Returns the rows as a Markdown table."""
-    lines = ["| | ours | against | theirs | ratio |", "| --- | ---: | --- | ---: | ---: |"]
+    lines = ["| | ours | against | theirs | ratio | goal | |", "| --- | ---: | --- | ---: | ---: | ---: | --- |"]
     for row in rows:
-        cells = (row.what.strip(), row.ours, row.against, row.theirs, row.value_text or f"{row.value:.2f}")
+        what = f"&emsp;{row.what.strip()}" if row.what.startswith(" ") else row.what
+        goal = "" if row.bar is None else f"{row.relation} {row.bar:g}"
+        verdict = {True: "reached", False: "**missed**", None: ""}[row.passed]
+        cells = (what, row.ours, row.against, row.theirs, row.value_text or f"{row.value:.2f}", goal, verdict)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     text = _text(args.text)
-    if (size := sum(len(document.data) for document in text.train)) < _LEAST_BYTES:
+    if (size := sum(len(document.data) for document in (*text.train, *text.held_out))) < _LEAST_BYTES:
         raise DataError(f"{args.text} has too little text to learn from: {size} bytes; give at least {_LEAST_BYTES}.")
     folder = _new_folder(args.out)
     model = models.load(models.EMBEDDED, jnp.float32)

@@ -152,7 +152,7 @@ def _model(args: argparse.Namespace, tokenizer):
             vocab_size=tokenizer.vocab_size,
             hidden_size=width,
             num_hidden_layers=layers,
-            num_heads=2 * width // max(1, head_dim),
+            num_heads=2 * width // max(1, head_dim),  # the configuration refuses a head_dim of 0
             head_dim=head_dim,
             state_size=state_size,
             initializer_range=0.02,

@@ -193,12 +193,12 @@ class Mamba2(nnx.Module):
         b, t, _ = u.shape
         h, p, n, g = self.num_heads, self.head_dim, self.state_size, self.n_groups
         u = u.astype(self.dtype)
-        real = None if lengths is None else jnp.arange(t) < lengths[:, None]
-        if (
-            lengths is not None and real is not None and segment_ids is not None and t
-        ):  # padding belongs to the last real segment
-            last = jnp.take_along_axis(segment_ids, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
-            segment_ids = jnp.where(real, segment_ids, last)
+        real = None
+        if lengths is not None:
+            real = jnp.arange(t) < lengths[:, None]
+            if segment_ids is not None and t:  # padding belongs to the last real segment
+                last = jnp.take_along_axis(segment_ids, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
+                segment_ids = jnp.where(real, segment_ids, last)
 
         fused = self.activation in ("silu", "swish")
         options = {"lengths": lengths, "segment_ids": segment_ids, "activation": "silu" if fused else None}

@@ -136,3 +136,21 @@ def test_the_decode_loop_updates_its_states_in_place():
     text = jax.jit(loop, donate_argnums=2).lower(weights, jnp.zeros(1, jnp.int32), model.init_state(1)).compile()
     copies = [line for line in text.as_text().splitlines() if " copy(" in line and "f32[1,4,16,16]" in line]
     assert not copies, copies
+
+
+def test_padding_of_the_vocabulary_is_never_chosen():
+    model = small(pad_vocab_size_multiple=16)
+    model.embed.embedding[...] = model.embed.embedding[...].at[71:].set(100 * model.embed.embedding[3])
+    logits = np.asarray(model(jnp.array([PROMPTS[0]])))[0]
+    assert (logits.argmax(-1) >= 71).any(), "padding must be tempting, or the test would show nothing"
+    for options in ({}, {"temperature": 5.0, "key": jax.random.key(0)}):
+        assert (generate(model, PROMPTS, max_new_tokens=20, **options).tokens < 71).all()
+
+
+def test_calls_that_make_no_sense_get_a_sentence(model):
+    with pytest.raises(TypeError, match=r"tokens must be an array .*; got list"):
+        model([[1, 2]])
+    with pytest.raises(ValueError, match="last_only needs at least one position"):
+        model(jnp.zeros([1, 0], jnp.int32), last_only=True)
+    with pytest.raises(ValueError, match="one entry a layer, 2; got 1"):
+        model(jnp.zeros([1, 3], jnp.int32), state=model.init_state(1)[:1])

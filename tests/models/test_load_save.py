@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from portable import cli, models, nn
 from portable.checkpoint.params import shapes
-from portable.checks import ConfigError
+from portable.checks import CheckpointError, ConfigError
 from portable.models.mamba2 import Mamba2LM, weight_map
 from tests.models.small import CONFIG, EMBEDDING, TOKENS, assert_same, random_model, rewrite_tensors, values
 from tests.oracles import child
@@ -247,3 +247,10 @@ def test_a_model_with_state_beside_its_parameters_is_complete(folder, monkeypatc
         model = models.load(folder)
     assert isinstance(model.dropout(jnp.ones(3)), jax.Array)
     assert values(model).keys() == values(random_model()).keys()
+
+
+def test_saving_where_a_file_is_loses_nothing(folder, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"cannot write .*taken"):
+        models.save(models.load(folder), tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"

@@ -63,7 +63,7 @@ def relative(got, want) -> float:
 
 
 def implementations(op: str, args=None, kwargs=None) -> list[str]:
-    """Returns the implementations that this process can run, on these arguments if given; kernels are interpreted."""
+    """Returns the implementations that this process can run, on these arguments if given: no kernels."""
     found = {n: impl for n, impl in selection.implementations(op).items() if n not in selection.KERNEL_HOMES}
     if args is None:
         return list(found)

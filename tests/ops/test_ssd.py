@@ -226,3 +226,14 @@ def test_values_are_checked_in_compiled_code_on_demand():
     with pytest.raises(Exception, match="A must not be positive"):
         error.throw()
     fine.throw()
+
+
+@pytest.mark.parametrize("form", ["xla_scan", "xla_chunks", "reference"])
+@pytest.mark.parametrize("b, h, n", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
+def test_nothing_comes_of_nothing(form, b, h, n):
+    g = 2 if h else 1
+    args = (jnp.ones([b, 5, h, 3]), jnp.ones([b, 5, h]), -jnp.ones([h]), jnp.ones([b, 5, g, n]), jnp.ones([b, 5, g, n]))
+    y, state = ssd(*args, implementation=form)
+    assert y.shape == (b, 5, h, 3)
+    assert state.shape == (b, h, 3, n)
+    assert not jnp.any(y)

@@ -1,4 +1,4 @@
 """Short depthwise causal convolution."""
 
 XLA: dict[str, str] = {}  # one form for every platform
-WHY = {"xla": "shifted sums; XLA's depthwise convolution is slower on every platform."}
+WHY = {"xla": "shifted sums: on a CPU far faster than XLA's depthwise convolution."}

@@ -17,7 +17,7 @@ def linear(
 ) -> Float[Array, "... o"]:
     """Multiplies vectors by a matrix: y = x @ kernel, or x @ kernel.T with the kernel read in place.
 
-    Operands are brought to their common dtype; products are summed in float32 (float64 in float64) whatever it is.
+    Operands are brought to their common dtype and multiplied at JAX's default precision for it, as `x @ kernel` is.
     Everything but a single row on a CPU is XLA's own product, differentiable in every mode; a single row on a CPU is
     differentiable in reverse mode.
 

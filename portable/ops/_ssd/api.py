@@ -106,11 +106,12 @@ def prepare(x, dt, A, B, C, *, D=None, initial_state=None, segment_ids=None, chu
 
 def check_skip(op: str, D, sizes) -> None:
     """Raises ValueError unless D is None, [h] or [h, p]."""
+    if D is None:
+        return
     check_array(op, D=D)
-    if D is not None and D.ndim not in (1, 2):
+    if D.ndim not in (1, 2):
         raise ValueError(f"{op}: D must be [h] or [h, p]; got shape {list(D.shape)}.")
-    if D is not None:
-        check_shape(op, "D", D, "h" if D.ndim == 1 else "h p", sizes)
+    check_shape(op, "D", D, "h" if D.ndim == 1 else "h p", sizes)
 
 
 def add_skip(y, x, D):

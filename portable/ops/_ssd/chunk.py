@@ -119,7 +119,7 @@ def gradients(c: Chunk, d: Decay, state: jax.Array, dy: jax.Array, dstate: jax.A
     # da[m] = sum over s < m <= q of weights[q, s] * dweights[q, s], then the pairs with the chunk's start and end.
     upto = jnp.tri(c.large.shape[-1], dtype=d.within.dtype)  # [q, m]: m <= q
     pairs = jnp.einsum("...grqs,qm->...grms", scores[..., None, :, :] * dscores, upto)
-    da = jnp.einsum("...grms,sm->...grm", pairs, 1 - upto)
+    da = jnp.einsum("...grms,sm->...grm", pairs, 1 - upto, precision=jax.lax.Precision.HIGHEST)
     from_state = _dot("...gqn,...grpn->...grqp", c.q, state, c.v)
     through, leaving = (from_state * dy_in).sum(-1), (into_state * v_out).sum(-1)
     da = da + jnp.einsum("...q,qm->...m", through, upto) + jnp.einsum("...s,sm->...m", leaving, 1 - upto)
