@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from portable import _requirements as _requirements  # first: says in a sentence when jax or flax is too old
 from portable import ops as ops
+from portable.artifact import export as export
+from portable.artifact import load_export as load_export
 from portable.checks import PortableError as PortableError
 from portable.checks import Unavailable as Unavailable
 from portable.checks import checks as checks
-from portable.selection import explain as explain
-from portable.selection import info as info
+from portable.reports import explain as explain
+from portable.reports import info as info
 from portable.selection import using as using
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,18 +46,26 @@ class Impl:
         is none). None borrows the backward of the platform's XLA form, which may itself be left to JAX.
       why_not: (*arrays, **options) -> None, or the sentence that says why this call cannot be taken. Looks at shapes
         and dtypes only.
-      automatic: whether auto mode may choose it: only with a committed measurement that beats the XLA form.
+      interpret: of a kernel: (part, *args, **options) -> what `fwd` or `bwd`, whichever `part` names, would return, by
+        an interpreter on the CPU: the kernel's own code, slow, and with every unwritten element NaN.
     """
 
     fwd: Callable
     bwd: Callable | None = None
     why_not: Callable[..., str | None] = _accepts_all
-    automatic: bool = False
+    interpret: Callable[..., tuple] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The choice for one call: an implementation's name for each platform, `default` for the rest."""
+    """The choice for one call: an implementation's name for each platform, `default` for the rest.
+
+    Attributes:
+      op: the op.
+      names: (platform, implementation) for every platform that differs from "default".
+      xla: the same for the XLA forms: what serves where a kernel has no backward or refuses, and what types are
+        taken from.
+    """
 
     op: str
     names: tuple[tuple[str, str], ...]
@@ -66,9 +74,24 @@ class Table:
     def get(self, platform: str, part: str) -> Callable:
         """Returns the function that runs `part` ("fwd" or "bwd") on `platform`."""
         names, forms = dict(self.names), dict(self.xla)
-        form = implementations(self.op)[forms.get(platform, forms["default"])]
-        found = getattr(implementations(self.op)[names.get(platform, names["default"])], part)
-        return found or getattr(form, part) or functools.partial(_derivative, form.fwd)
+        known = implementations(self.op)
+        form = known[forms.get(platform, forms["default"])]
+        serve = getattr(form, part) or functools.partial(_derivative, form.fwd)
+        name = names.get(platform, names["default"])
+        if name not in KERNEL_HOMES:
+            return getattr(known[name], part) or serve
+        if platform not in KERNEL_HOMES[name][1]:
+            raise Unavailable(
+                f"{self.op}: {name!r} runs on {' and '.join(KERNEL_HOMES[name][1])}; this program is lowered for "
+                f"{platform}. Leave implementation=None to let portable choose."
+            )
+        kernel = getattr(known[name], part)
+        return functools.partial(_where_taken, known[name].why_not, kernel, serve) if kernel else serve
+
+    @property
+    def forms(self) -> "Table":
+        """The XLA forms alone."""
+        return Table(self.op, self.xla, self.xla)
 
     @property
     def plain(self) -> bool:
@@ -77,20 +100,41 @@ class Table:
         return not others and name not in KERNEL_HOMES and implementations(self.op)[name].bwd is None
 
 
+def _where_taken(why_not: Callable, kernel: Callable, serve: Callable, *args, **options) -> tuple:
+    # A named kernel was asked before (`choose`); an automatic one is asked here, where its platform is lowered.
+    arrays = args[0] if isinstance(args[0], tuple) else args
+    return (serve if why_not(*arrays, **options) else kernel)(*args, **options)
+
+
 def _derivative(fwd: Callable, residuals, cotangents, **options) -> tuple:
     return jax.vjp(functools.partial(fwd, **options), *residuals)[1](cotangents)
 
 
+class _Known(Mapping[str, Impl]):
+    """An op's implementations by name, imported when looked up: no kernel is imported on a machine without its use."""
+
+    def __init__(self, op: str) -> None:
+        folder = package(op)
+        self._paths = {"reference": f"{folder.__name__}.reference"}
+        forms = sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name.startswith("xla"))
+        self._paths |= {form: f"{folder.__name__}.{form}" for form in forms}
+        kernels = {name: f"{home}.{op}" for name, (home, _) in KERNEL_HOMES.items()}
+        self._paths |= {name: path for name, path in kernels.items() if importlib.util.find_spec(path)}
+
+    def __getitem__(self, name: str) -> Impl:
+        return importlib.import_module(self._paths[name]).IMPL
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
 @functools.cache
-def implementations(op: str) -> dict[str, Impl]:
+def implementations(op: str) -> Mapping[str, Impl]:
     """Returns every implementation of an op by name, the reference first, kernels last."""
-    folder = _package(op)
-    forms = sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name.startswith("xla"))
-    found = {n: importlib.import_module(f"{folder.__name__}.{n}").IMPL for n in ("reference", *forms)}
-    for name, (home, _) in KERNEL_HOMES.items():
-        if importlib.util.find_spec(f"{home}.{op}"):
-            found[name] = importlib.import_module(f"{home}.{op}").IMPL
-    return found
+    return _Known(op)
 
 
 def ops() -> tuple[str, ...]:
@@ -99,17 +143,23 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted(m.name[1:] for m in pkgutil.iter_modules(home.__path__) if m.ispkg))
 
 
-def _package(op: str):
+def package(op: str):
     if op not in ops():
         raise ValueError(f"portable has no op called {op!r}; there are: {', '.join(ops())}.")
     return importlib.import_module(f"portable.ops._{op}")
+
+
+def asked() -> str | None:
+    """Returns the name that `using` asks for here, None where it does not."""
+    return _choice.value
 
 
 @contextlib.contextmanager
 def using(name: str | None) -> Iterator[None]:
     """Runs every op inside the context with the implementation `name`; None restores the automatic choice.
 
-    An op that has no implementation of that name raises, as if it had been named in the call.
+    "xla" is each platform's XLA form, "kernels" each platform's hand-written kernel where it has one that takes the
+    call. An op that has no implementation of another name raises, as if it had been named in the call.
 
     >>> import jax.numpy as jnp, portable
     >>> with portable.using("reference"):
@@ -119,32 +169,35 @@ def using(name: str | None) -> Iterator[None]:
         yield
 
 
-def choose(op: str, name: str | None, *args, **options) -> Table:
+def choose(op: str, name: str | None = None, *args, **options) -> Table:
     """Returns the table of implementations for a call with these arguments.
+
+    Args:
+      op: the op.
+      name: of an implementation; "xla" for each platform's XLA form; "kernels" for each platform's kernel where it has
+        one that takes the call; None for the automatic choice.
+      *args: arrays as `Impl.fwd` takes them; without any, limits are not asked for.
+      **options: the op's options.
 
     Raises:
       ValueError: no implementation has that name.
       Unavailable: the named implementation cannot take these arguments.
     """
     name = name or _choice.value
-    forms = {"default": "xla"} | _package(op).XLA
+    forms = {"default": "xla"} | package(op).XLA
     if args:  # an XLA form that refuses these arguments leaves them to the default one
         refused = [p for p, form in forms.items() if implementations(op)[form].why_not(*args, **options)]
         forms |= dict.fromkeys(refused, forms["default"])
     xla = tuple(sorted(forms.items()))
     if name == "xla":
         return Table(op, xla, xla)
-    if name is None:
-        chosen = dict(forms)
-        for kernel, (home, platforms) in KERNEL_HOMES.items():
-            if importlib.util.find_spec(f"{home}.{op}"):
-                impl = implementations(op)[kernel]
-                if impl.automatic and impl.why_not(*args, **options) is None:
-                    chosen |= dict.fromkeys(platforms, kernel)
-        return Table(op, tuple(sorted(chosen.items())), xla)
     known = implementations(op)
+    if name in (None, "kernels"):
+        measured = getattr(package(op), "KERNELS", {})
+        every = {p: kernel for kernel in known if kernel in KERNEL_HOMES for p in KERNEL_HOMES[kernel][1]}
+        return Table(op, tuple(sorted((forms | (every if name else measured)).items())), xla)
     if name not in known:
-        names = ", ".join(dict.fromkeys([*known, "xla"]))
+        names = ", ".join(dict.fromkeys([*known, "xla", "kernels"]))
         raise ValueError(f"{op}: no implementation called {name!r}; there are: {names}.")
     if args and (reason := known[name].why_not(*args, **options)):
         raise Unavailable(
@@ -212,8 +265,12 @@ class _Rules:
         return _function(self, platform)
 
     def out_tree(self, leaves) -> Any:
-        shapes = jax.eval_shape(_nested(self, "default"), *leaves)
-        return jax.tree.structure(shapes)
+        return jax.tree.structure(jax.eval_shape(_nested(self.forms, "default"), *leaves))
+
+    @property
+    def forms(self) -> "_Rules":
+        """The same call with the XLA forms."""
+        return dataclasses.replace(self, table=self.table.forms)
 
 
 @functools.cache
@@ -251,7 +308,7 @@ def _compiled(rules: _Rules) -> Callable:
 @_primitive.def_abstract_eval
 def _abstract(*avals, rules):
     # The output types come from the XLA form's own trace: that keeps the varying axes of a shard_map.
-    return list(jax.make_jaxpr(rules.function("default"))(*avals).out_avals)
+    return list(jax.make_jaxpr(rules.forms.function("default"))(*avals).out_avals)
 
 
 def _lowering(platform: str) -> Callable:
@@ -276,112 +333,8 @@ def _batch(leaves, dims, *, rules):
 def _jvp(primals, tangents, *, rules):
     # Reached only by differentiating a backward pass (custom_vjp stands outside the first derivative): the XLA form
     # is traced in place, so higher derivatives are JAX's own.
-    return jax.jvp(rules.function("default"), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+    return jax.jvp(rules.forms.function("default"), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
 batching.primitive_batchers[_primitive] = _batch
 ad.primitive_jvps[_primitive] = _jvp
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Rows of text for people: `str()` aligns them, `rows` is for programs."""
-
-    title: str
-    rows: tuple[tuple[str, ...], ...]
-
-    def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in self.rows]
-        return "\n".join([self.title, *("  " + line for line in lines)])
-
-    __repr__ = __str__
-
-
-def explain(op: str | Callable, *args, **kwargs) -> Report:
-    """Says in sentences which implementation of an op each platform gets, and why the others are not chosen.
-
-    Args:
-      op: the op's name, or the function itself (`portable.ops.ssd`).
-      *args: arguments of the op, arrays or `jax.ShapeDtypeStruct`. Without any, what depends on them is left open.
-      **kwargs: keyword arguments of the op.
-
-    Returns:
-      A report with one row for each platform and each implementation that no platform gets.
-
-    >>> import portable
-    >>> print(portable.explain("rms_norm"))  # doctest: +ELLIPSIS
-    rms_norm
-      cpu ...
-    """
-    name = op if isinstance(op, str) else op.__name__
-    if not args:
-        return Report(name, _explain_rows(name, None, None, {}))
-    api = importlib.import_module(f"{_package(name).__name__}.api")
-    implementation = kwargs.pop("implementation", None)
-    # Arrays may be abstract; everything that is not an array (sizes, names) is passed through untouched.
-    options = {}
-    static = {k: v for k, v in kwargs.items() if not hasattr(v, "shape")}
-
-    def prepare(args, arrays):
-        core, found = api.prepare(*args, **arrays, **static)
-        options.update(found)
-        return core
-
-    core = jax.eval_shape(prepare, args, {k: v for k, v in kwargs.items() if hasattr(v, "shape")})
-    return Report(name, _explain_rows(name, implementation, core, options))
-
-
-def _explain_rows(op: str, name: str | None, core, options) -> tuple[tuple[str, ...], ...]:
-    name = name or _choice.value
-    table = choose(op, name, *(core or ()), **options) if core is not None or name else choose(op, "xla")
-    names, reasons = dict(table.names), _package(op).WHY
-    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    rows = []
-    for platform in PLATFORMS:
-        chosen = names.get(platform, names["default"])
-        why = "asked for by name." if name else reasons.get(chosen, "measured faster here than the XLA form.")
-        rows.append((platform, chosen, f"{why} This process runs here." if platform == here else why))
-    for other, impl in implementations(op).items():
-        if other in names.values():
-            continue
-        if other == "reference":
-            why = "the definition, step by step: exact and slow, by name only."
-        elif core is not None and (reason := impl.why_not(*core, **options)):
-            why = f"cannot take this call: {reason}"
-        elif other not in KERNEL_HOMES:
-            why = f"by name on any platform; {reasons[other]}"
-        elif not impl.automatic:
-            why = "no committed measurement shows it faster than the XLA form; it runs by name."
-        else:
-            why = f"for {', '.join(KERNEL_HOMES[other][1])} only."
-        rows.append(("-", other, why))
-    return tuple(rows)
-
-
-def info() -> Report:
-    """Returns versions, devices, and the implementation of each op on this process's platform."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    rows = []
-    for package in ("portable-jax", "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-triton"):
-        with contextlib.suppress(PackageNotFoundError):
-            rows.append((package, version(package), _note(package)))
-    for device in jax.devices():
-        rows.append((f"device {device.id}", device.platform, device.device_kind))
-    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    if asked := _choice.value:
-        rows.append(("portable.using", asked, "in this context, for every op"))
-    for op in ops():
-        known = implementations(op)
-        names = dict(choose(op, None).names) if asked in (None, "xla", *known) else {"default": "none of that name"}
-        rows.append((op, names.get(here, names["default"]), f"of {', '.join(known)}"))
-    return Report("portable", tuple(rows))
-
-
-def _note(package: str) -> str:
-    if package == "libtpu" and jax.default_backend() != "tpu":
-        return "no TPU here: set JAX_PLATFORMS=cpu, or a plain `import jax` tries the TPU first and prints noise."
-    if package == "jax-cuda12-plugin" and jax.default_backend() != "gpu":
-        return "no GPU here: a plain `import jax` looks for one first; JAX_PLATFORMS=cpu avoids that."
-    return ""

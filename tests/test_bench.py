@@ -33,7 +33,7 @@ def bench(capsys, *words: str) -> dict:
 def test_times_every_form_of_an_op(capsys):
     found = bench(capsys, "ssd", "--quick", "--samples", "2")
     (rows,) = found["results"].values()
-    assert {row["implementation"] for row in rows} == {"xla_scan", "xla_chunks"}
+    assert {row["implementation"] for row in rows} == {"xla_scan", "xla_chunks", "xla_wide"}
     assert [row["automatic"] for row in rows].count(True) == 1
     for row in rows:
         assert row["case"] == "plain"
@@ -254,3 +254,13 @@ def test_whole_benchmark_on_a_tiny_model(tmp_path):
     norms = {name: child["samples"][0]["grad_norm"] for name, child in training.items()}
     assert losses["portable"] == pytest.approx(losses["transformers"], rel=1e-4)
     assert norms["portable"] == pytest.approx(norms["transformers"], rel=1e-3)
+
+
+def test_an_estimate_names_what_is_missing_or_wrong(capsys, monkeypatch):
+    from portable.parity import targets
+
+    monkeypatch.setattr(targets, "missing", lambda family: "it needs the package libtpu: pip install it.")
+    assert cli.main(["bench", "rms_norm", "--quick", "--impl", "xla", "--estimate", "tpu-v5e"]) == 0
+    assert "pip install it." in capsys.readouterr().out
+    assert cli.main(["bench", "rms_norm", "--estimate", "cpu"]) == 2
+    assert "--estimate takes one of tpu-v4" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import types
 import numpy as np
 import pytest
 
-from portable import cli, selection
+from portable import cli, reports
 from portable.checks import CheckpointError, DataError
 from tests.oracles import ROOT
 
@@ -105,7 +105,7 @@ def test_a_check_of_an_op_is_a_users_mistake_but_a_bug_is_not(command, capsys):
     command(lambda args: np.ones(3).reshape(2, 2) and None)
     with pytest.raises(ValueError, match="reshape"):
         cli.main(["broken"])
-    command(lambda args: selection.explain("ssd", 1))
+    command(lambda args: reports.explain("ssd", 1))
     with pytest.raises(TypeError, match="missing 4 required"):
         cli.main(["broken"])
     command(_raise(KeyError("bug")))

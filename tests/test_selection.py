@@ -1,6 +1,7 @@
 """The choice of an implementation: by platform when lowered, strict by name, explained in sentences."""
 
-import types
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from portable.ops._ssd.cases import CASES
 from tests.ops.harness import relative
 
 ARGS, KWARGS = CASES["groups"]()
-NAMES = (("cpu", "xla_scan"), ("default", "xla_chunks"))
+NAMES = (("cpu", "xla_scan"), ("default", "xla_chunks"), ("tpu", "xla_wide"))
 
 
 def loss(x, **options):
@@ -46,7 +47,8 @@ def traced(monkeypatch):
 def test_lowering_for_a_platform_traces_its_own_form(traced):
     f = jax.jit(lambda x: loss(x))
     f.trace(ARGS[0]).lower(lowering_platforms=("tpu",))
-    assert set(traced) == {"xla_chunks"}
+    assert traced[-1] == "xla_wide"
+    assert set(traced) == {"xla_chunks", "xla_wide"}  # types are those of the default form
     f.trace(ARGS[0]).lower(lowering_platforms=("cpu",))
     assert traced[-1] == "xla_scan"
 
@@ -101,11 +103,11 @@ def test_explain_speaks_in_sentences():
     text = str(portable.explain(ssd, *ARGS, **KWARGS))
     assert text.startswith("ssd\n")
     assert "cpu   xla_scan    walks the chunks: one chunk's scores stay in a processor's cache. This process" in text
-    assert "tpu   xla_chunks  takes all chunks at once" in text
+    assert "cuda  xla_chunks  takes all chunks at once" in text
     assert "by name only" in text
     abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ARGS]
-    assert str(portable.explain("ssd", *abstract)) == text
-    assert str(portable.explain("ssd")) == text
+    assert str(portable.explain("ssd", *abstract, **KWARGS)) == text
+    assert "tpu   xla_wide    takes all chunks of 256" in str(portable.explain("ssd"))
     with pytest.raises(
         ValueError, match="no op called 'sdd'; there are: causal_conv1d, linear, rms_norm, ssd, ssd_step"
     ):
@@ -114,53 +116,71 @@ def test_explain_speaks_in_sentences():
 
 def test_info_names_versions_devices_and_choices():
     text = str(portable.info())
-    for word in (jax.__version__, "device 0", "ssd", "xla_scan", "of reference, xla_chunks, xla_scan"):
+    for word in (jax.__version__, "device 0", "ssd", "xla_scan", "of reference, xla_chunks, xla_scan, xla_wide"):
         assert word in text
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """A made-up kernel for `rms_norm` on TPUs, that takes multiples of 128."""
-
-    def build(automatic):
-        impl = selection.Impl(
-            fwd=lambda x, scale, gate, **options: (x * 0,),
-            why_not=lambda x, scale, gate, **o: (
-                None if x.shape[-1] % 128 == 0 else f"d must divide by 128, got {x.shape[-1]}."
-            ),
-            automatic=automatic,
-        )
-        table = {**selection.implementations("rms_norm"), "pallas_tpu": impl}
-        monkeypatch.setattr(selection, "implementations", lambda op: table)
-        found = selection.importlib.util.find_spec
-        monkeypatch.setattr(
-            selection.importlib.util,
-            "find_spec",
-            lambda name: types.SimpleNamespace() if name == "portable.pallas_kernels.tpu.rms_norm" else found(name),
-        )
-
-    yield build
-    for cache in (selection._nested, selection._function, selection._compiled):
+    """A made-up kernel for `rms_norm` on TPUs, that takes multiples of 128 and returns zeros."""
+    impl = selection.Impl(
+        fwd=lambda x, scale, gate, **options: (x * 0,),
+        why_not=lambda x, scale, gate, **o: (
+            None if x.shape[-1] % 128 == 0 else f"d must divide by 128, got {x.shape[-1]}."
+        ),
+    )
+    table = {**selection.implementations("rms_norm"), "pallas_tpu": impl}
+    real = selection.implementations
+    monkeypatch.setattr(selection, "implementations", lambda op: table if op == "rms_norm" else real(op))
+    caches = (selection._nested, selection._function, selection._compiled)
+    for cache in caches:
         cache.cache_clear()
+    yield lambda: monkeypatch.setattr(selection.package("rms_norm"), "KERNELS", {"tpu": "pallas_tpu"}, raising=False)
+    for cache in caches:
+        cache.cache_clear()
+
+
+def lowered_for_tpu(f, *args):
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
 
 
 def test_a_kernel_is_automatic_only_once_measured_and_only_where_it_fits(kernel):
     wide, narrow = (jnp.ones((2, d)) for d in (128, 96))
-    kernel(automatic=False)
-    assert "no committed measurement" in str(portable.explain("rms_norm", wide, wide[0]))
-    kernel(automatic=True)
-    assert dict(selection.choose("rms_norm", None, wide, wide[0], None).names)["tpu"] == "pallas_tpu"
-    assert "tpu" not in dict(selection.choose("rms_norm", None, narrow, narrow[0], None).names)
-    assert "d must divide by 128, got 96" in str(portable.explain("rms_norm", narrow, narrow[0]))
-    # On this CPU the XLA form still runs.
+    assert "by name on tpu; no committed measurement" in str(portable.explain("rms_norm", wide, wide[0]))
+    assert "rsqrt" in lowered_for_tpu(lambda x: rms_norm(x, x[0]), wide)
+    kernel()  # measured: automatic
+    assert "tpu   pallas_tpu  measured faster here" in str(portable.explain("rms_norm", wide, wide[0]))
+    assert "rsqrt" not in lowered_for_tpu(lambda x: rms_norm(x, x[0]), wide)
+    text = " ".join(str(portable.explain("rms_norm", narrow, narrow[0])).split())
+    assert "tpu xla pallas_tpu cannot take this call: d must divide by 128, got 96." in text
+    assert "rsqrt" in lowered_for_tpu(lambda x: rms_norm(x, x[0]), narrow)
+    # On this CPU the XLA form still runs, and the gradient everywhere: the kernel has none of its own.
     assert float(rms_norm(wide, wide[0]).sum()) > 0
+    assert "rsqrt" in lowered_for_tpu(jax.grad(lambda x: rms_norm(x, wide[0]).sum()), wide)
 
 
 def test_a_named_kernel_is_strict(kernel):
-    kernel(automatic=False)
-    narrow = jnp.ones((2, 96))
+    narrow, wide = jnp.ones((2, 96)), jnp.ones((2, 128))
     with pytest.raises(portable.Unavailable, match="'pallas_tpu' cannot take this call: d must divide by 128, got 96"):
         rms_norm(narrow, narrow[0], implementation="pallas_tpu")
+    with pytest.raises(portable.Unavailable, match="'pallas_tpu' runs on tpu; this program is lowered for cpu"):
+        rms_norm(wide, wide[0], implementation="pallas_tpu")
+    text = lowered_for_tpu(lambda x: rms_norm(x, x[0], implementation="pallas_tpu"), wide)
+    assert "rsqrt" not in text
+
+
+def test_no_kernel_is_imported_until_it_is_looked_up():
+    script = """
+import sys
+import jax.numpy as jnp
+import portable
+x, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 1, 8))
+portable.ops.ssd(x, x[..., 0], -x[0, 0, :, 0], k, k)
+portable.info()
+rooms = ("portable.pallas_kernels.tpu.", "portable.pallas_kernels.gpu.", "jax.experimental.pallas")
+assert not [m for m in sys.modules if m.startswith(rooms)]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_explain_gives_the_reason_of_a_form_that_refuses():

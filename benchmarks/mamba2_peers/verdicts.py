@@ -51,9 +51,13 @@ def _ratios(found: dict, name: str) -> tuple[float, dict[str, float]]:
     return median(found, name) / median(found, OURS), others
 
 
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g} ms" if seconds < 9.9995 else f"{1e3 * seconds:.0f} ms"
+
+
 def _time(what: str, found: dict, name: str, bar: float | None, count: int = 1, relation: str = ">=") -> Row:
     ratio, others = _ratios(found, name)
-    ours, theirs = (f"{1e3 * median(found, peer) / count:.4g} ms" for peer in (OURS, name))
+    ours, theirs = (_ms(median(found, peer) / count) for peer in (OURS, name))
     return Row(what, ours, label(name), theirs, ratio, relation, bar, others=others)
 
 
@@ -190,7 +194,7 @@ def _context(found: dict) -> Iterator[Row]:
     short, long = found["contexts"]
     times = {n: [s[f"wall_{n}"] for s in found["samples"]] for n in (short, long)}
     ratio = statistics.median(times[long]) / statistics.median(times[short])
-    texts = {n: f"{1e3 * statistics.median(times[n]) / found['tokens']:.4g} ms" for n in times}
+    texts = {n: _ms(statistics.median(times[n]) / found["tokens"]) for n in times}
     cpu = [statistics.median(s[f"cpu_{n}"] for s in found["samples"]) for n in (long, short)]
     yield Row(
         f"a token after {long} tokens",

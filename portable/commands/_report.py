@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterable
 
-from portable.selection import Report
+from portable.reports import Report
 
 
 def show(reports: Iterable[Report], *, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from portable import selection
+from portable import reports, selection
 from portable.checks import PortableError
 from portable.commands._report import show
 
@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   portable bench mamba2 --quick             # a few seconds: two layers, short inputs
   portable bench mamba2 --size 370m --dtype bfloat16 --batch 8
   portable bench mamba2 --model FOLDER --json
+  portable bench ssd --impl xla_wide,xla_chunks --estimate tpu-v6e   # by the compiler of a device that is not here
 """
 
 
@@ -26,10 +27,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", action="append", default=[], help="of an op: example arguments by name (repeatable)")
     parser.add_argument(
         "--implementation",
-        action="append",
+        "--impl",
+        action="extend",
+        type=lambda names: names.split(","),
         default=[],
         metavar="NAME",
-        help="of an op: time only this (repeatable)",
+        help="of an op: time only this (repeatable, or several with commas)",
+    )
+    parser.add_argument(
+        "--estimate", metavar="TARGET", help="do not run: what the compiler of this device expects, such as tpu-v6e"
     )
     parser.add_argument("--size", help="of a model: a published size; the smallest unless given")
     parser.add_argument("--model", metavar="FOLDER", help="of a model: weights from a folder or the hub")
@@ -54,9 +60,12 @@ def run(args: argparse.Namespace) -> int:
             f"models: {', '.join(MODELS)}."
         )
     _check_applies(args, [name for name in what if name in MODELS], [name for name in what if name not in MODELS])
-    tables = [_model(name, args) if name in MODELS else _op(name, args) for name in what]
+    if args.estimate:
+        tables = [_estimate(name, args, name in MODELS) for name in what]
+    else:
+        tables = [_model(name, args) if name in MODELS else _op(name, args) for name in what]
     if args.json:
-        machine = {row[0]: row[1] for row in selection.info().rows}
+        machine = {row[0]: row[1] for row in reports.info().rows}
         print(json.dumps({"machine": machine, "results": {title: rows for title, rows, _ in tables}}, indent=2))
     else:
         for title, rows, columns in tables:
@@ -73,6 +82,17 @@ def _check_applies(args: argparse.Namespace, models: list[str], ops: list[str]) 
         raise PortableError(f"bench: --{of_models[0]} belongs to a model; name one: portable bench mamba2.")
     if of_ops and len(ops) != 1:
         raise PortableError(f"bench: --{of_ops[0]} belongs to one op; name it: portable bench ssd --{of_ops[0]} NAME.")
+
+
+def _estimate(name: str, args: argparse.Namespace, is_model: bool) -> tuple[str, list[dict], dict[str, str]]:
+    from portable.commands._benchmark import estimates, ops
+
+    if is_model:
+        rows = estimates.of_model(name, args.estimate)
+    else:
+        found = list(ops.cases(name, args.case, quick=args.quick))
+        rows = estimates.of_op(name, found, ops.names(name, args.implementation), args.estimate)
+    return f"{name} on {args.estimate}, estimated", rows, estimates.COLUMNS
 
 
 def _op(name: str, args: argparse.Namespace) -> tuple[str, list[dict], dict[str, str]]:
@@ -119,9 +139,9 @@ def _model(name: str, args: argparse.Namespace) -> tuple[str, list[dict], dict[s
     return f"{label}, {dtype}, batch {batch}, on {timing.platform()}", rows, columns
 
 
-def _report(title: str, rows: list[dict], columns: dict[str, str]) -> selection.Report:
+def _report(title: str, rows: list[dict], columns: dict[str, str]) -> reports.Report:
     cells = (tuple(_text(row.get(key)) for key in columns) for row in rows)
-    return selection.Report(title, (tuple(columns.values()), *cells))
+    return reports.Report(title, (tuple(columns.values()), *cells))
 
 
 def _text(value: object) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from portable import selection
+from portable import reports, selection
 from portable.checks import PortableError
 from portable.commands._report import show
 
@@ -40,13 +40,13 @@ def run(args: argparse.Namespace) -> int:
         print(_markdown(names))
         return 0
     if args.list:
-        show([selection.Report(name, _rows(name)) for name in names], as_json=args.json)
+        show([reports.Report(name, _rows(name)) for name in names], as_json=args.json)
         return 0
     show([_explain(name, args.case, args.implementation) for name in names], as_json=args.json)
     return 0
 
 
-def _explain(op: str, case: str | None, implementation: str | None) -> selection.Report:
+def _explain(op: str, case: str | None, implementation: str | None) -> reports.Report:
     cases = _cases(op)
     case = case or next(iter(cases))
     if case not in cases:
@@ -54,8 +54,8 @@ def _explain(op: str, case: str | None, implementation: str | None) -> selection
     arguments, options = _abstract(cases[case])
     if implementation is not None:
         options = options | {"implementation": implementation}
-    report = selection.explain(op, *arguments, **options)
-    return selection.Report(f"{report.title} ({case}: {_shapes(arguments)})", report.rows)
+    report = reports.explain(op, *arguments, **options)
+    return reports.Report(f"{report.title} ({case}: {_shapes(arguments)})", report.rows)
 
 
 def _markdown(names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from portable import selection
+from portable import reports
 from portable.commands._report import show
 
 EXAMPLES = """examples:
@@ -20,5 +20,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints versions, devices and the implementation of each op here."""
-    show([selection.info()], as_json=args.json)
+    show([reports.info()], as_json=args.json)
     return 0

@@ -1,5 +1,6 @@
-"""What a program needs on a device that this machine lacks: compiled ahead of time, in child processes."""
+"""Every op and model on every device: run here, compiled ahead of time for the devices that this machine lacks."""
 
+from portable.parity.estimates import estimate as estimate
 from portable.parity.jobs import Job as Job
 from portable.parity.jobs import Result as Result
 from portable.parity.jobs import run as run

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -15,8 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any, Literal
 
 from portable.parity import targets
+from portable.parity.store import Store, key, source
 
-Status = Literal["compiled", "does not fit", "failed", "cannot"]
+Task = Literal["compile", "lower", "run", "interpret"]
+Status = Literal["ran", "interpreted", "compiled", "lowered", "does not fit", "cannot", "failed"]
 _GIB = 2**30
 # The line of a crash that says what happened, among the addresses around it.
 _FATAL = re.compile(r"^F\d{4} |^Fatal |Check fail|LLVM ERROR|terminate called|RET_CHECK|RESOURCE_EXHAUSTED")
@@ -32,6 +35,9 @@ class Job:
       build: "module:function" that returns a `programs.Program`; the child imports it.
       kwargs: its keyword arguments, as JSON can hold them.
       timeout: seconds after which the compiler is stopped.
+      task: "compile" for the target; "lower" only; "run" on this process's device, or "interpret" a kernel on the CPU,
+        against the reference in float64 (`build` is then "" and `kwargs` those of `numbers`).
+      labels: what the job is, by column of a table: op or model, case, implementation, dtype, part.
     """
 
     name: str
@@ -39,6 +45,8 @@ class Job:
     build: str
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     timeout: float = 600.0
+    task: Task = "compile"
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +56,9 @@ class Result:
     Attributes:
       job: the job's name.
       target: the target's name.
-      status: "compiled"; "does not fit" (an answer: the device is too small); "failed" (the compiler or the
-        program is wrong); "cannot" (not tried: `message` says what is missing).
+      status: "ran" (on this process's device) or "interpreted" (a kernel, on the CPU), with `error`; "compiled";
+        "lowered" (no compiler for the target here); "does not fit" (an answer: the device is too small); "cannot" (not
+        tried: `message` says why); "failed" (the compiler, the program or its numbers are wrong).
       message: a sentence or the first line of the error, "" where there is nothing to say.
       argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: the compiler's account; None where
         unknown.
@@ -59,6 +68,12 @@ class Result:
       memory_bytes: what the device has; None for the CPU.
       lower_seconds, compile_seconds: time to trace and lower, and to compile.
       opcodes: instructions by operation. custom_calls: custom calls by target.
+      flops, moved_bytes: of the work, see `roofline`; roofline_seconds: the least time they take on the device.
+      estimated_seconds: the compiler's own estimate, loops as often as they run; None where it gives none, or where
+        `uncounted` names a part of the program that it does not see.
+      error: the largest of max|got - want| / max|want| over all results, `want` by the reference in float64.
+      ulps: `error` in units of the results' precision (2^-23 in float32, 2^-7 in bfloat16).
+      labels: those of the job.
     """
 
     job: str
@@ -77,6 +92,21 @@ class Result:
     compile_seconds: float | None = None
     opcodes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     custom_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    flops: float | None = None
+    moved_bytes: int | None = None
+    roofline_seconds: float | None = None
+    estimated_seconds: float | None = None
+    uncounted: str = ""
+    error: float | None = None
+    ulps: float | None = None
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fraction(self) -> float | None:
+        """The part of the roofline's speed that the compiler's estimate reaches."""
+        if not self.estimated_seconds or self.roofline_seconds is None:
+            return None
+        return self.roofline_seconds / self.estimated_seconds
 
     @property
     def spare_bytes(self) -> int | None:
@@ -97,6 +127,8 @@ class Result:
         """The result in a few words, for a table."""
         if self.status in ("failed", "cannot"):
             return f"{self.status}: {self.message}"
+        if self.error is not None:
+            return f"{self.status}, error {self.error:.1e}"
         if self.spare_bytes is None:
             return self.status if self.needed_bytes is None else f"needs {self.needed_bytes / _GIB:.2f} GiB"
         if self.fits:
@@ -105,7 +137,11 @@ class Result:
 
 
 def run(
-    jobs: Iterable[Job], *, processes: int = 1, on_result: Callable[[Result], None] = lambda result: None
+    jobs: Iterable[Job],
+    *,
+    processes: int = 1,
+    on_result: Callable[[Result], None] = lambda result: None,
+    store: Store | None = None,
 ) -> list[Result]:
     """Compiles every job, each family of targets in child processes of its own.
 
@@ -116,6 +152,7 @@ def run(
       jobs: what to compile.
       processes: children at a time. One compiler uses several cores already.
       on_result: called in the calling thread with each result as it comes, for a progress bar.
+      store: where results are looked up first and kept; failed ones are tried again.
 
     Returns:
       One result for each job, in the order of the jobs.
@@ -123,7 +160,7 @@ def run(
     Raises:
       ValueError: two jobs for one target have the same name, or a target is unknown.
     """
-    jobs = list(jobs)
+    jobs, store = list(jobs), store or Store(None)
     for name, count in collections.Counter((j.name, j.target) for j in jobs).items():
         if count > 1:
             raise ValueError(f"each job of a target needs its own name; got {name[0]!r} {count} times.")
@@ -131,22 +168,32 @@ def run(
     reasons = {f: targets.missing(f) for f in set(families.values())}
     done: dict[int, Result] = {}
     todo: collections.deque[int] = collections.deque()
+    alone: collections.deque[int] = (
+        collections.deque()
+    )  # a TPU belongs to one process: the first child alone runs these
     for i in sorted(range(len(jobs)), key=lambda i: families[jobs[i].target]):
-        if reason := reasons[families[jobs[i].target]]:
-            done[i] = Result(jobs[i].name, jobs[i].target, "cannot", reason)
-            on_result(done[i])
+        job = jobs[i]
+        if reason := reasons[families[job.target]]:
+            done[i] = Result(job.name, job.target, "cannot", reason, labels=job.labels)
+        elif kept := store.get(_key(job)):
+            done[i] = Result(**kept)
         else:
-            todo.append(i)
+            (alone if families[job.target] == "device" else todo).append(i)
+            continue
+        on_result(done[i])
 
     fresh: collections.deque[int] = collections.deque()
     changed = threading.Condition()
     stop = threading.Event()
-    crew = [_Worker() for _ in range(max(1, min(processes, len(todo))))]
+    crew = [_Worker() for _ in range(max(1, min(processes, len(todo) + len(alone))))]
 
     def work(worker: _Worker) -> None:
         try:
-            while not stop.is_set() and (i := _next(todo)) is not None:
-                result = worker.run(jobs[i], families[jobs[i].target])
+            queues = (alone, todo) if worker is crew[0] else (todo,)
+            while not stop.is_set() and (i := _next(*queues)) is not None:
+                result = worker.run(jobs[i], families[jobs[i].target], store.folder)
+                if result.status != "failed":
+                    store.put(_key(jobs[i]), dataclasses.asdict(result))
                 with changed:
                     done[i] = result
                     fresh.append(i)
@@ -174,11 +221,17 @@ def run(
     return [done[i] for i in range(len(jobs))]
 
 
-def _next(todo: collections.deque[int]) -> int | None:
-    try:
-        return todo.popleft()
-    except IndexError:
-        return None
+def _key(job: Job) -> str:
+    return key(dataclasses.asdict(job), source())
+
+
+def _next(*queues: collections.deque[int]) -> int | None:
+    for queue in queues:
+        try:
+            return queue.popleft()
+        except IndexError:
+            continue
+    return None
 
 
 class _Worker:
@@ -189,7 +242,7 @@ class _Worker:
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] | None = None
 
-    def run(self, job: Job, family: str) -> Result:
+    def run(self, job: Job, family: str, folder: pathlib.Path | None) -> Result:
         """Runs a job in the child, in a new one where there is none of that family."""
         if self._process is None or self._process.poll() is not None or family != self._family:
             self.close()
@@ -210,8 +263,8 @@ class _Worker:
         timer = threading.Timer(job.timeout, give_up)
         timer.start()
         try:
-            process.stdin.write(json.dumps({"name": job.name, "target": job.target, "build": job.build,
-                                            "kwargs": dict(job.kwargs)}) + "\n")  # fmt: skip
+            order = {"target": job.target, "task": job.task, "build": job.build, "kwargs": dict(job.kwargs)}
+            process.stdin.write(json.dumps(order | {"folder": folder and str(folder)}) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -219,14 +272,14 @@ class _Worker:
         finally:
             timer.cancel()
         if line.endswith("\n"):
-            return Result(**json.loads(line))
+            return Result(job.name, job.target, labels=job.labels, **json.loads(line))
         code = process.wait()
         log.seek(since)
         message = _last_words(log.read(), code)
         self.close()
         if late.is_set():
             message = f"no answer after {job.timeout:g} s."
-        return Result(job.name, job.target, "failed", message)
+        return Result(job.name, job.target, "failed", message, labels=job.labels)
 
     def _start(self, family: str) -> None:
         self._family = family

@@ -9,9 +9,11 @@ import dataclasses
 import functools
 import importlib.resources
 import importlib.util
+import math
 import os
 import pathlib
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -31,12 +33,15 @@ class Target:
 
     Attributes:
       name: what users call it.
-      family: the compiler: "cpu", "tpu" or "cuda".
-      topology: a libtpu topology name, or the name of a description in `data/`; "" for the CPU of this
-        process.
-      memory_bytes: memory that the compiler lets one program use (TPU) or that the driver reports (CUDA);
-        None where it is the machine's.
+      family: the compiler: "cpu", "tpu", "cuda" or "rocm"; "device" for the accelerator of this machine, which runs.
+      topology: a libtpu topology name, or the name of a description in `data/`; "" for this process's devices.
+      memory_bytes: memory that the compiler lets one program use (TPU) or that the driver reports (CUDA); None where it
+        is the machine's.
       device: which product that is.
+      bandwidth: of the memory, in bytes/s; None where nobody knows.
+      flops: peak of matrix products in FLOP/s: of bfloat16 operands, and of float32 ones at JAX's default precision
+        (one bfloat16 pass on a TPU, TF32 on a GPU that has it).
+      clock: Hz of the cycles that a TPU's compiler counts.
     """
 
     name: str
@@ -44,17 +49,43 @@ class Target:
     topology: str = ""
     memory_bytes: int | None = None
     device: str = ""
+    bandwidth: float | None = None
+    flops: tuple[float, float] = (math.inf, math.inf)
+    clock: float | None = None
+
+    def peak(self, dtype: str) -> float:
+        """Returns the peak of matrix products with operands of a dtype, in FLOP/s."""
+        return self.flops[0] if dtype in ("bfloat16", "float16") else self.flops[1]
 
 
-def _tpu(name: str, topology: str, gib: float, device: str) -> Target:
-    return Target(name, "tpu", topology, int(gib * 2**30), device)
+def _tpu(name: str, topology: str, gib: float, bandwidth: float, tflops: float, ghz: float, device: str) -> Target:
+    peak = tflops * 1e12
+    return Target(name, "tpu", topology, int(gib * 2**30), device, bandwidth * 1e9, (peak, peak), ghz * 1e9)
 
 
-def _cuda(name: str, description: str, device: str) -> Target:
-    found = re.search(r"\bdevice_memory_size:\s*(\d+)", _description(description))
-    if found is None:
-        raise ValueError(f"the target description {description}.txtpb must state device_memory_size.")
-    return Target(name, "cuda", description, int(found[1]), device)
+def _cuda(name: str, description: str, half: float, single: float) -> Target:
+    text = _description(description)
+    found = {}
+    for key in ("device_memory_size", "memory_bandwidth"):
+        match = re.search(rf"^\s*{key}:\s*(\d+)", text, re.MULTILINE)
+        if match is None:
+            raise ValueError(f"the target description {description}.txtpb must state {key}.")
+        found[key] = int(match[1])
+    device = re.search(r'^device_description_str: "([^"]+)"', text, re.MULTILINE)
+    return Target(
+        name,
+        "cuda",
+        description,
+        found["device_memory_size"],
+        device[1] if device else description,
+        float(found["memory_bandwidth"]),
+        (half * 1e12, single * 1e12),
+    )
+
+
+def description(target: Target) -> str:
+    """Returns what the compiler is told of the device: a topology's name or a description."""
+    return _description(target.topology) if target.family == "cuda" else target.topology
 
 
 def _description(name: str) -> str:
@@ -62,17 +93,27 @@ def _description(name: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-# Memory of the TPUs: "available HBM" in libtpu 0.0.42's own message about a program that is too big.
+# Memory of the TPUs: "available HBM" in libtpu 0.0.42's own message about a program that is too big. Bandwidth in GB/s
+# and TFLOP/s: Google Cloud's pages on TPU versions. Clock: the peak over the FLOPs of the chip's matrix units a cycle.
+# TFLOP/s of the GPUs, dense, in bfloat16 (float16 on the T4) with float32 sums, and in TF32 (float32 on the T4):
+# NVIDIA's data sheets and architecture white papers.
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
         Target("cpu", "cpu", device="this machine"),
-        _tpu("tpu-v5e", "v5e:2x2", 15.75, "TPU v5e chip"),
-        _tpu("tpu-v5p", "v5p:2x2x1", 95.74, "TPU v5p chip"),
-        _tpu("tpu-v6e", "v6e:2x2", 31.25, "TPU v6e chip"),
-        _tpu("tpu-7x", "tpu7x:2x2x1", 94.75, "one of the two cores of a TPU7x chip"),
-        _cuda("cuda-sm80", "sm_80", "A100 SXM 80 GB"),
-        _cuda("cuda-sm90", "sm_90", "H100 SXM 80 GB"),
+        Target("device", "device", device="the accelerator of this machine"),
+        _tpu("tpu-v4", "v4:2x2x1", 30.75, 1228, 275, 1.05, "TPU v4 chip"),
+        _tpu("tpu-v5e", "v5e:2x2", 15.75, 819, 197, 1.5, "TPU v5e chip"),
+        _tpu("tpu-v5p", "v5p:2x2x1", 95.74, 2765, 459, 1.75, "TPU v5p chip"),
+        _tpu("tpu-v6e", "v6e:2x2", 31.25, 1640, 918, 1.75, "TPU v6e chip"),
+        _tpu("tpu-7x", "tpu7x:2x2x1", 94.75, 3690, 1153, 2.2, "one of the two cores of a TPU7x chip"),
+        _cuda("cuda-sm75", "sm_75", 65, 8.1),
+        _cuda("cuda-sm80", "sm_80", 312, 156),
+        _cuda("cuda-sm86", "sm_86", 154.8, 77.4),
+        _cuda("cuda-sm89", "sm_89", 165.2, 82.6),
+        _cuda("cuda-sm90", "sm_90", 989.4, 494.7),
+        _cuda("cuda-sm100", "sm_100", 2250, 1125),
+        Target("rocm-gfx942", "rocm", device="AMD Instinct MI300X"),
     )
 }
 
@@ -93,8 +134,10 @@ def missing(family: str) -> str | None:
 
     Looks for packages without importing them, so it may be asked in any process.
     """
-    if family == "cpu":
+    if family in ("cpu", "rocm"):  # for ROCm, programs are lowered and no more
         return None
+    if family == "device":
+        return None if accelerator() else "this machine has no accelerator that JAX sees."
     if family == "tpu":
         if importlib.util.find_spec("libtpu") is None:
             return f"compiling for a TPU needs the package libtpu: {INSTALL}."
@@ -114,8 +157,25 @@ def missing(family: str) -> str | None:
     return None
 
 
+@functools.cache
+def accelerator() -> str | None:
+    """Returns the platform of the accelerator that JAX finds on this machine: "cuda", "rocm", "tpu", or None.
+
+    Another process looks, because a TPU belongs to the first process that does.
+    """
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return None
+    script = "import jax; print(jax.default_backend())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    found = done.stdout.strip().rpartition("\n")[2]
+    return {"gpu": "cuda", "cpu": None, "": None}.get(found, found)
+
+
 def environment(family: str) -> dict[str, str]:
     """Returns this process's variables, jax's replaced by those of a process that compiles for a family."""
+    if family == "device":
+        paths = os.pathsep.join(p for p in sys.path if p)
+        return os.environ | {"PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     env = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
     env |= {
         "JAX_PLATFORMS": "cpu",
@@ -154,7 +214,7 @@ def device(target: Target) -> Any:
     if target.family == "tpu":
         return topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices[0]
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=_description(target.topology), topology="1x1x1"
+        platform="cuda", topology_name="", target_config=description(target), topology="1x1x1"
     ).devices[0]
 
 

@@ -1,9 +1,12 @@
 """The child process of `portable.parity.jobs`: builds and compiles one program after another."""
 
+import contextlib
+import hashlib
 import importlib
 import json
 import math
 import os
+import pathlib
 import re
 import sys
 import time
@@ -12,7 +15,8 @@ from typing import Any
 import jax
 
 from portable.checks import Unavailable
-from portable.parity import hlo, programs, targets
+from portable.parity import cost, hlo, numbers, programs, roofline, targets
+from portable.parity.store import Store, key
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu's two ways to say that a program is too big, and how much it would have needed.
@@ -31,34 +35,59 @@ def main() -> None:
         jax.clear_caches()
 
 
-def answer(name: str, target: str, build: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Compiles one job; returns the fields of a `jobs.Result`.
+def answer(target: str, task: str, build: str, kwargs: dict[str, Any], folder: str | None) -> dict[str, Any]:
+    """Does one job; returns the fields of a `jobs.Result` that are not the job's own.
 
     What the compiler and the program are known to raise becomes a result. Anything else ends this process,
     and the parent reads the reason from its log.
     """
     place = targets.find(target)
-    result: dict[str, Any] = {"job": name, "target": target, "memory_bytes": place.memory_bytes}
+    result: dict[str, Any] = {"memory_bytes": place.memory_bytes}
     try:
+        if task in ("run", "interpret"):
+            return result | numbers.compare(interpret=task == "interpret", **kwargs)
         module, _, function = build.partition(":")
         program = getattr(importlib.import_module(module), function)(**kwargs)
-        return result | compile_program(place, program)
+        if task == "lower":
+            return result | lower_program(place, program)
+        return result | compile_program(place, program, Store(folder))
     except Unavailable as fault:
         return result | {"status": "cannot", "message": str(fault)}
     except (jax.errors.JaxRuntimeError, NotImplementedError, TypeError, ValueError) as fault:
         return result | {"status": "failed", "message": f"{type(fault).__name__}: {_first_line(fault)}"}
 
 
-def compile_program(target: targets.Target, program: programs.Program) -> dict[str, Any]:
-    """Compiles a program for a target; returns the fields of a `jobs.Result` that describe it."""
+def lower_program(target: targets.Target, program: programs.Program) -> dict[str, Any]:
+    """Lowers a program for a platform whose compiler is not here; returns the fields that describe it."""
     start = time.perf_counter()
-    lowered = targets.lower_for(target, program.fn, *program.args, donate_argnums=program.donate)
+    jax.jit(program.fn, donate_argnums=program.donate).trace(*program.args).lower(lowering_platforms=(target.family,))
+    return {
+        "status": "lowered",
+        "message": f"there is no {target.family} compiler here",
+        "lower_seconds": time.perf_counter() - start,
+        "argument_bytes": _size(program.args),
+    }
+
+
+def compile_program(target: targets.Target, program: programs.Program, store: Store | None = None) -> dict[str, Any]:
+    """Compiles a program for a target; returns the fields of a `jobs.Result` that describe it."""
+    store = store or Store(None)
+    start = time.perf_counter()
+    with _capability(target):
+        lowered = targets.lower_for(target, program.fn, *program.args, donate_argnums=program.donate)
+    work = roofline.roofline(target, program.fn, *program.args)
     middle = time.perf_counter()
     found: dict[str, Any] = {
         "lower_seconds": middle - start,
         "argument_bytes": _size(program.args),
         "output_bytes": _size(lowered.out_info),
+        "flops": sum(work.flops.values()),
+        "moved_bytes": work.bytes,
+        "roofline_seconds": work.seconds,
     }
+    name = key(lowered.as_text(), target.name, targets.description(target), source_of_results())
+    if kept := store.get(name):
+        return found | kept
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as fault:
@@ -67,23 +96,42 @@ def compile_program(target: targets.Target, program: programs.Program) -> dict[s
             raise
         seconds = time.perf_counter() - middle
         message = _first_line(fault)
-        return found | {
-            "status": "does not fit", "message": message, "needed_bytes": needed, "compile_seconds": seconds
-        }  # fmt: skip
-    found["compile_seconds"] = time.perf_counter() - middle
+        given = {"status": "does not fit", "message": message, "needed_bytes": needed, "compile_seconds": seconds}
+        store.put(name, given)
+        return found | given
+    seconds = time.perf_counter() - middle
     memory = hlo.memory(compiled)
     text = hlo.text(compiled)
-    for key in ("argument", "output", "alias", "temp", "needed", "peak"):
-        found[f"{key}_bytes"] = memory[key]
-    found |= {
+    # XLA's CUDA compiler does not refuse a program that is too big; the sum tells.
+    room = math.inf if target.memory_bytes is None else target.memory_bytes
+    given = {
+        "status": "compiled" if memory["needed"] <= room else "does not fit",
+        "compile_seconds": seconds,
         "code_bytes": memory["generated_code"],
         "opcodes": hlo.opcodes(text),
         "custom_calls": hlo.custom_calls(text),
     }
-    # XLA's CUDA compiler does not refuse a program that is too big; the sum tells.
-    room = math.inf if target.memory_bytes is None else target.memory_bytes
-    found["status"] = "compiled" if memory["needed"] <= room else "does not fit"
-    return found
+    given |= {f"{key}_bytes": memory[key] for key in ("argument", "output", "alias", "temp", "needed", "peak")}
+    try:
+        given["estimated_seconds"] = cost.seconds(target, text)
+    except cost.Uncounted as reason:
+        given["uncounted"] = str(reason)
+    store.put(name, given)
+    return found | given
+
+
+def _capability(target: targets.Target) -> contextlib.AbstractContextManager:
+    """Triton's compiler otherwise asks the GPU of the process for its compute capability."""
+    if target.family != "cuda":
+        return contextlib.nullcontext()
+    launch = importlib.import_module("portable.pallas_kernels.gpu._launch")
+    return launch.capability(int(target.topology.removeprefix("sm_")))
+
+
+def source_of_results() -> str:
+    """Returns a hash of the files that turn a compiled program into a result."""
+    files = (hlo.__file__, cost.__file__, __file__)
+    return hashlib.sha256(b"".join(pathlib.Path(f).read_bytes() for f in files)).hexdigest()
 
 
 def too_big(message: str) -> int | None:

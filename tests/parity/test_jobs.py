@@ -93,7 +93,7 @@ def test_nothing_to_do():
 def test_bad_lists_of_jobs():
     with pytest.raises(ValueError, match=r"'product' 2 times"):
         parity.run([job("product"), job("product")])
-    with pytest.raises(ValueError, match="no target called 'tpu-v99'; there are: cpu, tpu-v5e"):
+    with pytest.raises(ValueError, match="no target called 'tpu-v99'; there are: cpu, device, tpu-v4"):
         parity.run([job("product", "tpu-v99")])
 
 

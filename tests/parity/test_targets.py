@@ -12,7 +12,7 @@ from portable.parity import targets
 
 
 def test_unknown_target_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"no target called 'v5e'; there are: cpu, tpu-v5e, .*cuda-sm90"):
+    with pytest.raises(ValueError, match=r"no target called 'v5e'; there are: cpu, device, tpu-v4, .*cuda-sm90"):
         targets.find("v5e")
 
 
@@ -24,20 +24,24 @@ def test_descriptions_state_what_the_compiler_asks(name):
     major, minor = re.search(r"cuda_compute_capability \{ major: (\d+) minor: (\d+) \}", text).groups()
     assert target.name == f"cuda-sm{major}{minor}"
     assert target.memory_bytes == int(values["device_memory_size"])
-    assert 79 * 2**30 < target.memory_bytes < 80 * 2**30
-    # Published peaks in float32, without tensor cores: 19.5 (A100) and 67 (H100) TFLOP/s.
+    sold = {"sm_75": 16, "sm_80": 80, "sm_86": 48, "sm_89": 24, "sm_90": 80, "sm_100": 180}[target.topology]
+    assert 0.9 * sold < target.memory_bytes / 2**30 <= sold
+    # Published peaks in float32, without tensor cores.
     units = int(values["core_count"]) * int(values["fpus_per_core"])
     tflops = 2 * units * float(values["clock_rate_ghz"]) / 1e3
-    assert tflops == pytest.approx({"cuda-sm80": 19.5, "cuda-sm90": 66.9}[name], rel=0.01)
-    # A block can have all of a core's shared memory but the 1 KiB that the system keeps.
-    assert int(values["shared_memory_per_core"]) - int(values["shared_memory_per_block_optin"]) == 1024
-    assert re.search(r"^# .*(data sheet|white paper)", text, re.M)
+    published = {"sm_75": 8.1, "sm_80": 19.5, "sm_86": 38.7, "sm_89": 82.6, "sm_90": 66.9, "sm_100": 75}
+    assert tflops == pytest.approx(published[target.topology], rel=0.01)
+    # A block can have all of a core's shared memory but the 1 KiB that the system keeps since Ampere.
+    kept = int(values["shared_memory_per_core"]) - int(values["shared_memory_per_block_optin"])
+    assert kept == (0 if major == "7" else 1024)
+    assert target.bandwidth == int(values["memory_bandwidth"])
+    assert re.search(r"^# .*(data sheet|white paper|architecture brief)", text, re.M)
 
 
 def test_description_without_memory_is_named(monkeypatch):
     monkeypatch.setattr(targets, "_description", lambda name: "gpu_device_info {}")
     with pytest.raises(ValueError, match=r"sm_42\.txtpb must state device_memory_size"):
-        targets._cuda("cuda-sm42", "sm_42", "a card")
+        targets._cuda("cuda-sm42", "sm_42", 1, 1)
 
 
 @pytest.mark.parametrize("family", ["cpu", "tpu", "cuda"])

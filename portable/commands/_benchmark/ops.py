@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from portable import selection
+from portable import reports, selection
 from portable.checks import PortableError, Unavailable
 from portable.commands._benchmark import timing
 
@@ -46,7 +46,7 @@ def records(op: str, case: str, make: Callable, implementations: Sequence[str], 
     """Yields a record for each implementation: milliseconds, compile seconds, temporary MiB."""
     function = getattr(importlib.import_module("portable.ops"), op)
     arguments, options = make(0)
-    report = selection.explain(op, *arguments, **options)
+    report = reports.explain(op, *arguments, **options)
     chosen = {row[0]: row[1] for row in report.rows}[timing.platform()]
     for name in implementations:
         forward, with_gradients, arrays = _programs(function, arguments, options | {"implementation": name})

@@ -39,3 +39,6 @@ SIZES = {
     "mamba2-130m": _case(1, 2048, 1792, 4, bias=True, activation="silu"),
     "mamba2-2.7b": _case(1, 2048, 5376, 4, bias=True, activation="silu", dtype=jnp.bfloat16),
 }
+
+# What stands for the rest in the backend-parity matrix.
+MATRIX = ("segments_ragged", "bfloat16", "mamba2-2.7b")

@@ -32,3 +32,6 @@ SIZES = {
     "mamba2-130m-head": _case(1, d=768, o=50288, dtype=jnp.bfloat16, transposed=True, out_dtype="float32"),
     "mamba2-2.7b": _case(1, d=2560, o=5120, dtype=jnp.bfloat16),
 }
+
+# What stands for the rest in the backend-parity matrix.
+MATRIX = ("row", "bfloat16", "mamba2-2.7b")

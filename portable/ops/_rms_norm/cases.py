@@ -31,3 +31,6 @@ SIZES = {
     "mamba2-130m": _case(1, 2048, 1536, gate=True),
     "mamba2-2.7b": _case(1, 2048, 5120, gate=True, dtype=jnp.bfloat16),
 }
+
+# What stands for the rest in the backend-parity matrix.
+MATRIX = ("groups", "bfloat16", "mamba2-2.7b")

@@ -37,6 +37,8 @@ CASES = {
     "empty": _case(2, 0, 4, 8, 2, 8, state=True),
     "strong_decay": _case(1, 130, 4, 8, 1, 8, state=True, scale=300.0),
     "weak_decay": _case(1, 130, 4, 8, 1, 8, state=True, scale=1e-4),
+    "heads_of_64": _case(1, 200, 4, 64, 2, 128, D="h", state=True, segments=True),
+    "heads_of_64_bfloat16": _case(1, 150, 16, 64, 1, 32, state=True, dtype=jnp.bfloat16),
     "bfloat16": _case(2, 70, 4, 16, 2, 16, D="h", state=True, chunk_size=32, dtype=jnp.bfloat16),
 }
 
@@ -45,3 +47,6 @@ SIZES = {
     "mamba2-130m": _case(1, 2048, 24, 64, 1, 128),
     "mamba2-2.7b": _case(1, 2048, 80, 64, 1, 128, dtype=jnp.bfloat16),
 }
+
+# What stands for the rest in the backend-parity matrix.
+MATRIX = ("heads_of_64", "heads_of_64_bfloat16", "mamba2-2.7b")

@@ -63,7 +63,9 @@ def differences(x: jax.Array) -> jax.Array:
 def decay(c: Chunk, differences=differences) -> Decay:
     """Returns every product of decays in a chunk; `differences` forms those of the sums of logs."""
     large, small, counts = c.large, c.small, c.counts
-    logs = jnp.minimum(differences(large) + differences(small), 0)
+    # Where products take 16-bit operands, the digits that one sum loses are far below theirs.
+    exact = c.v.dtype.itemsize > 2
+    logs = jnp.minimum(differences(large) + differences(small) if exact else differences(large + small), 0)
     mask = jnp.tril(jnp.ones((large.shape[-1],) * 2, bool))
     into, out = large + small, (large[..., -1:] - large) + (small[..., -1:] - small)
     whole = into[..., -1]

@@ -33,3 +33,6 @@ SIZES = {
     "mamba2-130m": _case(b=1, h=24, p=64, g=1, n=128, D=(24,)),
     "mamba2-2.7b": _case(b=64, h=80, p=64, g=1, n=128, dtype=jnp.bfloat16, D=(80,)),
 }
+
+# What stands for the rest in the backend-parity matrix.
+MATRIX = ("groups", "bfloat16", "mamba2-2.7b")

@@ -1,0 +1,136 @@
+"""How far an implementation's results are from the reference in float64, gradients included."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from portable import selection
+from portable.checks import Unavailable
+from portable.parity import programs
+
+# What float32 sums of these sizes, and results rounded to bfloat16, leave; gradients are allowed 2.5 times as much.
+BARS = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-3, "float64": 1e-12}
+GRADIENTS = 2.5
+
+
+def relative(got: Any, want: Any) -> float:
+    """Returns max|got - want| / max|want| of two arrays; 0 for empty ones, infinite if `got` has a NaN of its own."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        raise ValueError(f"results must have the reference's shape {list(want.shape)}; got {list(got.shape)}.")
+    if not want.size:
+        return 0.0
+    error = np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny)
+    return float(np.inf if np.isnan(error) else error)
+
+
+def compare(
+    *, interpret: bool, name: str, case: str, gradients: bool, implementation: str, seed: int = 0
+) -> dict[str, Any]:
+    """Runs an op on a case, or interprets its kernel on the CPU; returns the fields of a `jobs.Result`.
+
+    Float32 products are run at full precision: the question is what the code computes, not what a default rounds.
+
+    Args:
+      interpret: `implementation` is a kernel, run by its interpreter.
+      name, case, gradients, implementation: as for `programs.op`.
+      seed: of the case's arguments and of the cotangents.
+    """
+    compared = _interpreted if interpret else _ran
+    with jax.default_matmul_precision("highest"):
+        found = compared(name, case, gradients, implementation, seed)
+    dtype = str(jax.eval_shape(lambda: programs.cases(name)[case](seed)[0][0]).dtype)
+    error = max((relative(got, want) for got, want in found), default=0.0)
+    bar = BARS[dtype] * (GRADIENTS if gradients else 1)
+    status = "interpreted" if interpret else "ran"
+    given = {"status": status, "error": error, "ulps": error / float(jnp.finfo(dtype).eps)}
+    if error > bar:
+        return given | {"status": "failed", "message": f"the error, {error:.1e}, is above {bar:.0e}"}
+    return given
+
+
+def _wide(tree: Any) -> Any:
+    """Returns a tree with its floating arrays in float64 (under enable_x64)."""
+
+    def widen(x):
+        return x.astype(jnp.float64) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(widen, tree)
+
+
+def _cotangents(outputs: Any, seed: int) -> Any:
+    """Returns random cotangents, so that every output counts, states included."""
+    leaves, tree = jax.tree.flatten(outputs)
+    keys = jax.random.split(jax.random.key(seed + 1), max(1, len(leaves)))
+    pairs = zip(keys, leaves, strict=False)
+    return tree.unflatten([jax.random.normal(k, x.shape, jnp.float32).astype(x.dtype) for k, x in pairs])
+
+
+def _ran(name: str, case: str, gradients: bool, implementation: str | None, seed: int) -> list[tuple[Any, Any]]:
+    """Returns pairs (result, the reference's in float64) of the op as a user calls it."""
+    arrays, static, cotangents, want = _defined(name, case, gradients, seed)
+    got = _results(_value(name, static, implementation), arrays, cotangents)
+    return list(zip(got, want, strict=True))
+
+
+def _value(name: str, static: dict[str, Any], implementation: str | None) -> Callable:
+    function = getattr(importlib.import_module("portable.ops"), name)
+    return lambda arrays: function(*arrays[0], **arrays[1], **static, implementation=implementation)
+
+
+def _results(value: Callable, arrays: Any, cotangents: list | None) -> list:
+    if cotangents is None:
+        return jax.tree.leaves(jax.jit(value)(arrays))
+    return jax.tree.leaves(jax.jit(programs.with_gradients(value, arrays).fn)((arrays,), cotangents))
+
+
+@functools.lru_cache(maxsize=4)  # every implementation of a case is held against the same
+def _defined(name: str, case: str, gradients: bool, seed: int) -> tuple[Any, dict[str, Any], list | None, list]:
+    args, kwargs = programs.cases(name)[case](seed)
+    arrays = (args, {k: v for k, v in kwargs.items() if hasattr(v, "dtype")})
+    static = {k: v for k, v in kwargs.items() if k not in arrays[1]}
+    cotangents = None
+    if gradients:
+        shapes = jax.tree.leaves(jax.eval_shape(_value(name, static, "reference"), arrays))
+        cotangents = _cotangents([x for x in shapes if jnp.issubdtype(x.dtype, jnp.floating)], seed)
+    # On the CPU: a TPU has no float64.
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        value, wide = _value(name, static, "reference"), _wide(jax.tree.map(np.asarray, arrays))
+        outputs = [x for x in jax.tree.leaves(jax.eval_shape(value, wide)) if jnp.issubdtype(x.dtype, jnp.floating)]
+        pairs = zip(cotangents or [], outputs, strict=cotangents is not None)
+        want = _results(value, wide, None if cotangents is None else [np.asarray(c).astype(x.dtype) for c, x in pairs])
+    return arrays, static, cotangents, [np.asarray(x) for x in want]
+
+
+def _interpreted(name: str, case: str, gradients: bool, implementation: str, seed: int) -> list[tuple[Any, Any]]:
+    """Returns pairs (a kernel's result, the reference's in float64) on the op's prepared arguments."""
+    args, kwargs = programs.cases(name)[case](seed)
+    arrays, options = importlib.import_module(f"portable.ops._{name}.api").prepare(*args, **kwargs)
+    impl = selection.implementations(name)[implementation]
+    if reason := impl.why_not(*arrays, **options):
+        raise Unavailable(f"{name}: {implementation!r} cannot take this call: {reason}")
+    return interpreted(impl, selection.implementations(name)["reference"], arrays, options, gradients, seed)
+
+
+def interpreted(
+    impl: selection.Impl, reference: selection.Impl, arrays: tuple, options: dict, gradients: bool, seed: int
+) -> list[tuple[Any, Any]]:
+    """Returns pairs (a kernel's result, the reference's in float64) on arrays as `Impl.fwd` takes them."""
+    if impl.interpret is None:
+        raise ValueError("a kernel needs `interpret`, which runs it on the CPU; got None.")
+    got = impl.interpret("fwd", *arrays, **options)
+    with jax.enable_x64(True):
+        want, pull = jax.vjp(lambda *arrays: reference.fwd(*arrays, **options), *_wide(arrays))
+    pairs = list(zip(got, want, strict=True))
+    if gradients and impl.bwd is not None:
+        cotangents = _cotangents(tuple(jnp.asarray(x) for x in got), seed)
+        found = impl.interpret("bwd", arrays, cotangents, **options)
+        with jax.enable_x64(True):
+            slopes = pull(_wide(cotangents))
+        pairs += [(g, w) for g, w in zip(found, slopes, strict=True) if g is not None]
+    return pairs
