@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -93,21 +94,19 @@ def call(
         reason = missing("jax_triton") or f"jax_triton cannot be imported: {fault}"
         raise Unavailable(f"a Triton kernel cannot be lowered: {reason}") from fault
     _match_assembler()
-    return tuple(
-        jax_triton.triton_call(
-            *inputs,
-            kernel=kernel,
-            out_shape=list(outputs),
-            grid=grid,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            compute_capability=_capability.value,
-            **constants,
-        )
-    )
+    # Renamed in jax-triton 0.4.
+    results = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
+    options: dict[str, Any] = {
+        "kernel": kernel,
+        "grid": grid,
+        results: list(outputs),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "compute_capability": _capability.value,
+    }
+    return tuple(jax_triton.triton_call(*inputs, **options, **constants))
 
 
-@functools.cache
 def _match_assembler() -> None:
     """Has Triton write PTX for the ptxas of jax, which assembles it. Its own may be newer, and so is then the PTX."""
     spec = importlib.util.find_spec("nvidia")
@@ -206,8 +205,8 @@ def _ask(job: str) -> dict[str, str]:
     except BrokenPipeError:
         line = ""
     if not line:
-        _child.cache_clear()
-        return {"error": f"it ended with exit code {child.wait()}."}
+        stop()
+        return {"error": f"it ended with exit code {child.returncode}."}
     return json.loads(line)
 
 
@@ -219,8 +218,15 @@ def _child() -> Any:
     code = f"from {__name__} import serve; serve()"
     pipe = subprocess.PIPE
     child = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=pipe, stdout=pipe, text=True, env=env)
-    atexit.register(child.communicate)
+    atexit.register(stop)
     return child
+
+
+def stop() -> None:
+    """Ends the process that interprets, if there is one; the next call starts another."""
+    if _child.cache_info().currsize:
+        _child().communicate()
+        _child.cache_clear()
 
 
 def serve() -> None:

@@ -197,8 +197,8 @@ def head_gradients(large, small, seen, keys, values, queries, dys, states, dstat
 def group_gradients(large, small, seen, keys, values, queries, dys, states, dstates, dk, dq,
                     T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                     C: tl.constexpr, SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-                    SEGMENTS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Writes dk and dq, summed over HEADS heads of a group, [PARTS, b, t, g, n].
+                    SEGMENTS: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+    """Writes dk and dq, summed over HEADS heads of a group at a time, [parts, b, t, g, n].
 
     A program for each (b, chunk, g), part of the group's heads and block of n.
     """

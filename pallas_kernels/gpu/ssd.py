@@ -81,7 +81,7 @@ def _bwd(chunk_size, residuals, cotangents):
     parts = math.ceil(h // g / heads)
     partial = [ShapeDtypeStruct((parts, *x.shape), jnp.float32 if parts > 1 else x.dtype) for x in (k, q)]
     grid = lambda c: (b * run.chunks * g, parts, n // c.block_n)  # noqa: E731
-    dk, dq = run("group_gradients", given, partial, grid, HEADS=heads, PARTS=parts)
+    dk, dq = run("group_gradients", given, partial, grid, HEADS=heads)
     dk, dq = dk.sum(0).astype(k.dtype), dq.sum(0).astype(q.dtype)
     return da.astype(a.dtype), dk, dv, dq, None if state is None else dstate.astype(state.dtype), None
 

@@ -126,11 +126,11 @@ def test_equals_the_definition_in_float64(case, seed):
     want, want_gradients = in_float64(arrays, dout)
     bar, gradient_bar = (2e-6, 5e-6) if v.dtype == jnp.float32 else (1e-2, 2.5e-2)
 
-    got = ssd.IMPL.interpret("fwd", *arrays, **options)
+    got = ssd.interpret("fwd", *arrays, **options)
     assert [x.dtype for x in got] == [v.dtype, jnp.float32]
     for name, x, y in zip(("y", "final state"), got, want, strict=True):
         assert relative(x, y) <= bar, name
-    gradients = ssd.IMPL.interpret("bwd", arrays, dout, **options)
+    gradients = ssd.interpret("bwd", arrays, dout, **options)
     assert gradients[5] is None
     for name, argument, x, y in zip(("da", "dk", "dv", "dq", "dstate"), arrays, gradients, want_gradients):
         assert (x is None) == (argument is None)
@@ -155,7 +155,7 @@ def test_the_interpreter_shows_what_a_kernel_did_not_write(tmp_path, monkeypatch
         "IMPL = Impl(fwd=fwd)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    _launch._child.cache_clear()  # a new one, which sees the new path
+    _launch.stop()  # a new one, which sees the new path
     for dtype in (jnp.float32, jnp.bfloat16):
         (y,) = _launch.interpret("forgetful", "fwd", (jnp.arange(8, dtype=dtype),), {})
         np.testing.assert_array_equal(np.isnan(y.astype(np.float32)), [False] * 4 + [True] * 4)
@@ -163,7 +163,7 @@ def test_the_interpreter_shows_what_a_kernel_did_not_write(tmp_path, monkeypatch
         _launch.interpret("forgetful", "fwd", (jnp.arange(3.0),), {})
     with pytest.raises(RuntimeError, match="TypeError"):
         _launch.interpret("forgetful", "fwd", (), {})
-    _launch._child.cache_clear()
+    _launch.stop()
 
 
 # A line of a source, and the fault put in its place.
@@ -209,10 +209,10 @@ def faulty(tmp_path_factory):
         return name
 
     sys.path.insert(0, str(folder))
-    _launch._child.cache_clear()  # a new one, which sees the new path
+    _launch.stop()  # a new one, which sees the new path
     yield build
     sys.path.remove(str(folder))
-    _launch._child.cache_clear()
+    _launch.stop()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
