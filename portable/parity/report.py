@@ -44,11 +44,9 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
     Results of other compilers are dropped: two accounts by different versions cannot stand side by side.
     """
-    again = {(r["job"], r["target"]) for r in new["results"]}
-    same = old.get("versions") == new["versions"]
-    kept = [r for r in old["results"] if (r["job"], r["target"]) not in again] if same else []
-    rows = sorted(kept + new["results"], key=lambda r: (r["job"], list(TARGETS).index(r["target"])))
-    return new | {"results": rows}
+    rows = {(r["job"], r["target"]): r for r in (old["results"] if old.get("versions") == new["versions"] else [])}
+    rows |= {(r["job"], r["target"]): r for r in new["results"]}  # those tried again stay in their places
+    return new | {"results": list(rows.values())}
 
 
 def worse(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
