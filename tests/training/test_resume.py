@@ -159,7 +159,7 @@ def test_a_finished_run_stays_as_it_is(text, whole, capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(text, whole, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "run"
+    out, before = tmp_path / "run", signal.getsignal(signal.SIGINT)  # a shell's background job ignores it
     show = Lines.report
 
     def press(self, report):
@@ -175,7 +175,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text, whole, tmp_path, capsys, monke
     assert (out / "loss.png").exists()
     assert main(command(text, out)) == 0
     assert losses(out) == losses(whole)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_time_limit_stops_with_a_checkpoint(text, tmp_path, capsys):
