@@ -3,14 +3,13 @@
 import contextlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import export as jax_export
 
-from portable import selection
+from portable import files, selection
 from portable.checks import PortableError
 
 # Custom calls whose stability JAX does not promise: a file that holds them belongs with this version of JAX.
@@ -86,15 +85,9 @@ def _save(done: jax_export.Exported, file: pathlib.Path) -> None:
         data = done.serialize()
     except ImportError as fault:
         raise PortableError(_needs_flatbuffers()) from fault
-    draft = None
     try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as out:
-            draft = pathlib.Path(out.name)
-            out.write(data)
-        draft.replace(file)
+        files.replace(file, data)
     except OSError as fault:
-        if draft is not None:
-            draft.unlink(missing_ok=True)
         raise PortableError(f"export: {file} cannot be written: {fault.strerror}.") from None
 
 

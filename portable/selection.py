@@ -144,6 +144,11 @@ def ops() -> tuple[str, ...]:
 
 
 def package(op: str):
+    """Returns the package of an op, `portable.ops._<op>`.
+
+    Raises:
+      ValueError: there is no such op; the message lists those there are.
+    """
     if op not in ops():
         raise ValueError(f"portable has no op called {op!r}; there are: {', '.join(ops())}.")
     return importlib.import_module(f"portable.ops._{op}")

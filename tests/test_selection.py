@@ -13,7 +13,7 @@ import portable
 from portable import selection
 from portable.ops import rms_norm, ssd
 from portable.ops._ssd.cases import CASES
-from tests.ops.harness import relative
+from portable.parity.numbers import relative
 
 ARGS, KWARGS = CASES["groups"]()
 NAMES = (("cpu", "xla_scan"), ("default", "xla_chunks"), ("tpu", "xla_wide"))

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import pathlib
 
+from portable import files
 from portable.checks import PortableError
 
 EXAMPLES = """examples:
@@ -48,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
     from portable.parity import page, report
 
+    for file in (args.json, args.html):  # before an hour's work, not after it
+        if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise PortableError(f"parity: {file} cannot be written; name a file in a folder that exists and is yours.")
     old = _read(args.json) if args.json is not None and args.json.exists() else None
     if args.show:
         if old is None:
@@ -125,9 +130,7 @@ def _read(file: pathlib.Path) -> dict:
 
 
 def _write(file: pathlib.Path, text: str) -> None:
-    draft = file.with_name(f"{file.name}.draft")
     try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(file)
+        files.replace(file, text)
     except OSError as fault:
         raise PortableError(f"parity: {file} cannot be written: {fault.strerror}.") from None

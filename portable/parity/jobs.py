@@ -36,7 +36,7 @@ class Job:
       kwargs: its keyword arguments, as JSON can hold them.
       timeout: seconds after which the compiler is stopped.
       task: "compile" for the target; "lower" only; "run" on this process's device, or "interpret" a kernel on the CPU,
-        against the reference in float64 (`build` is then "" and `kwargs` those of `numbers`).
+        against the reference in float64 (`kwargs` are then those of `numbers.compare`, and `build` is not used).
       labels: what the job is, by column of a table: op or model, case, implementation, dtype, part.
     """
 
@@ -168,9 +168,8 @@ def run(
     reasons = {f: targets.missing(f) for f in set(families.values())}
     done: dict[int, Result] = {}
     todo: collections.deque[int] = collections.deque()
-    alone: collections.deque[int] = (
-        collections.deque()
-    )  # a TPU belongs to one process: the first child alone runs these
+    # A TPU belongs to one process: the first child alone runs what runs on this machine's accelerator.
+    alone: collections.deque[int] = collections.deque()
     for i in sorted(range(len(jobs)), key=lambda i: families[jobs[i].target]):
         job = jobs[i]
         if reason := reasons[families[job.target]]:

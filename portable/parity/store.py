@@ -9,11 +9,12 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
+
+from portable import files
 
 # What a compiled program depends on, beside its text.
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12", "jax-triton", "triton")
@@ -76,16 +77,10 @@ class Store:
         """Keeps an object under a key. A reader sees it whole or not at all."""
         if self.folder is None:
             return
-        draft = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self.folder, delete=False) as file:
-                draft = file.name
-                json.dump(dict(value), file)
-            os.replace(draft, self.folder / f"{name}.json")
+            files.replace(self.folder / f"{name}.json", json.dumps(dict(value)))
         except OSError as fault:
-            if draft is not None:
-                pathlib.Path(draft).unlink(missing_ok=True)
             folder, self.folder = self.folder, None
             warnings.warn(
                 f"parity: results cannot be kept in {folder} ({fault.strerror or fault}), so the next run compiles "

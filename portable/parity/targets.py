@@ -102,7 +102,7 @@ TARGETS: dict[str, Target] = {
     for t in (
         Target("cpu", "cpu", device="this machine"),
         Target("device", "device", device="the accelerator of this machine"),
-        _tpu("tpu-v4", "v4:2x2x1", 30.75, 1228, 275, 1.05, "TPU v4 chip"),
+        _tpu("tpu-v4", "v4:2x2x1", 15.25, 614, 137.5, 1.05, "one of the two cores of a TPU v4 chip"),
         _tpu("tpu-v5e", "v5e:2x2", 15.75, 819, 197, 1.5, "TPU v5e chip"),
         _tpu("tpu-v5p", "v5p:2x2x1", 95.74, 2765, 459, 1.75, "TPU v5p chip"),
         _tpu("tpu-v6e", "v6e:2x2", 31.25, 1640, 918, 1.75, "TPU v6e chip"),

@@ -85,7 +85,7 @@ def compile_program(target: targets.Target, program: programs.Program, store: St
         "moved_bytes": work.bytes,
         "roofline_seconds": work.seconds,
     }
-    name = key(lowered.as_text(), target.name, targets.description(target), source_of_results())
+    name = key(lowered.as_text(), target.name, targets.description(target), target.memory_bytes, source_of_results())
     if kept := store.get(name):
         return found | kept
     try:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from portable import files
 from portable.checks import CheckpointError
-from portable.training.log import replace_text
 
 _OURS = {
     "config.json",
@@ -42,7 +42,7 @@ def claim(folder: Path, description: dict[str, Any], information: dict[str, Any]
                 raise CheckpointError(
                     f"{folder} is no run's folder, it holds {', '.join(other[:3])}: give a new or empty one."
                 )
-            replace_text(path, json.dumps(description | {"information": information}, indent=2) + "\n")
+            files.replace(path, json.dumps(description | {"information": information}, indent=2) + "\n")
             return []
         saved = json.loads(path.read_text("utf-8"))
     except OSError as error:

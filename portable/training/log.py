@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from portable import files
 from portable.checks import DataError
 
 
@@ -21,7 +22,7 @@ class Log:
         self.records = [r for r in read_log(self.path) if r["step"] <= after]
         text = "".join(json.dumps(r) + "\n" for r in self.records)
         try:
-            replace_text(self.path, text)
+            files.replace(self.path, text)
             self._file = self.path.open("ab", buffering=0)  # nothing held back that a failed close could lose
         except OSError as error:
             raise self._refused(error) from error
@@ -62,13 +63,3 @@ def read_log(path: str | Path) -> list[dict]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader finds the old text or the new, never a part."""
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

@@ -1,5 +1,6 @@
 """The Triton kernels of `ssd`: values and gradients by Triton's interpreter, machine code by the compilers."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -17,7 +18,8 @@ from portable import parity
 from portable.ops._ssd import api, reference
 from portable.ops._ssd.cases import CASES
 from portable.pallas_kernels.gpu import _launch, ssd
-from tests.ops.harness import relative
+from portable.parity import numbers
+from tests.kernels.mutation import errors
 from tests.oracles import child, need
 
 IMPORTS = """
@@ -91,52 +93,16 @@ MADE = {
 ALL = {**{c: of_op(c) for c in CASES if accepted(c)}, **MADE}
 
 
-def in_float64(arrays, dout):
-    """Returns the values and the cotangents of the reference on the same numbers in float64."""
-    floats = [i for i, x in enumerate(arrays) if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
-    with jax.enable_x64(True):
-        wide = lambda x: jnp.asarray(np.asarray(x, np.float64))  # noqa: E731
-
-        def run(*changed):
-            full = list(arrays)
-            for i, x in zip(floats, changed, strict=True):
-                full[i] = x
-            return reference.fwd(*full, chunk_size=None)
-
-        @jax.jit
-        def both(inputs, dout):
-            out, pull = jax.vjp(run, *inputs)
-            return out, pull(dout)
-
-        out, pulled = both([wide(arrays[i]) for i in floats], tuple(map(wide, dout)))
-    found: list = [None] * len(arrays)
-    for i, x in zip(floats, pulled, strict=True):
-        found[i] = x
-    return out, found
-
-
 @pytest.mark.parametrize("case", ALL)
 def test_equals_the_definition_in_float64(case, seed):
     need("triton", "torch")
     arrays, options = ALL[case](seed)
-    _, k, v, *_ = arrays
-    rng = np.random.default_rng([seed, 1])
-    states = (v.shape[0], *v.shape[2:], k.shape[3])
-    dout = tuple(jnp.asarray(rng.normal(size=s), d) for s, d in ((v.shape, v.dtype), (states, "float32")))
-    want, want_gradients = in_float64(arrays, dout)
-    bar, gradient_bar = (2e-6, 5e-6) if v.dtype == jnp.float32 else (1e-2, 2.5e-2)
-
-    got = ssd.interpret("fwd", *arrays, **options)
-    assert [x.dtype for x in got] == [v.dtype, jnp.float32]
-    for name, x, y in zip(("y", "final state"), got, want, strict=True):
-        assert relative(x, y) <= bar, name
-    gradients = ssd.interpret("bwd", arrays, dout, **options)
-    assert gradients[5] is None
-    for name, argument, x, y in zip(("da", "dk", "dv", "dq", "dstate"), arrays, gradients, want_gradients):
-        assert (x is None) == (argument is None)
-        if x is not None:
-            assert x.dtype == argument.dtype
-            assert relative(x, y) <= gradient_bar, name
+    floats = [x for x in arrays if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
+    pairs = numbers.interpreted(ssd.IMPL, reference.IMPL, arrays, options, True, seed)
+    assert [x.dtype for x, _ in pairs] == [arrays[2].dtype, jnp.float32, *(x.dtype for x in floats)]
+    bar = numbers.BARS[str(arrays[2].dtype)]
+    for i, (got, want) in enumerate(pairs):
+        assert numbers.relative(got, want) <= bar * (1 if i < 2 else numbers.GRADIENTS), i
 
 
 def test_the_interpreter_shows_what_a_kernel_did_not_write(tmp_path, monkeypatch):
@@ -219,18 +185,14 @@ def faulty(tmp_path_factory):
 def test_a_fault_in_a_kernel_is_found(fault, faulty, seed):
     # Two groups, two blocks of n, segments, and a chunk that is not full.
     arrays, options = core(1, 37, 4, 16, 2, 32, segments=0.1, decay=0.3)(seed)
-    rng = np.random.default_rng([seed, 1])
-    dout = tuple(jnp.asarray(rng.normal(size=s), "float32") for s in (arrays[2].shape, arrays[4].shape))
     name = faulty(fault)
+    impl = dataclasses.replace(ssd.IMPL, interpret=lambda part, *args, **o: _launch.interpret(name, part, args, o))
     try:
-        parts = {"fwd": arrays, "bwd": (arrays, dout)}
-        got = [x for part, args in parts.items() for x in _launch.interpret(name, part, args, options)]
+        found = errors(impl, reference.IMPL, arrays, options, seed)
     except RuntimeError as fault:
         assert "IndexError" in str(fault)  # noqa: PT017 - one of two ways to be found
         return
-    values, gradients = in_float64(arrays, dout)
-    errors = [relative(x, y) for x, y in zip(got, [*values, *gradients]) if x is not None]
-    assert not all(error <= 1e-5 for error in errors), errors
+    assert not all(error <= 1e-5 for error in found), found
 
 
 REFUSED = {

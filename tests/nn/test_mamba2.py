@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from portable.nn import Mamba2
+from portable.parity.numbers import relative
 from tests.nn import mamba2_definition as definition
-from tests.ops.harness import relative
 
 OPTIONS = {
     "plain": {},

@@ -8,7 +8,7 @@ from flax import nnx
 
 from portable import nn
 from portable.models.mamba2 import Mamba2Config, Mamba2LM
-from tests.ops.harness import relative
+from portable.parity.numbers import relative
 from tests.oracles import child
 
 CONFIG = Mamba2Config(

@@ -7,7 +7,7 @@ import pytest
 
 from portable.ops import causal_conv1d
 from portable.ops._causal_conv1d.cases import CASES
-from tests.ops.harness import relative
+from portable.parity.numbers import relative
 
 
 def test_equals_numpy_convolve():

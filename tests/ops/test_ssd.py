@@ -9,7 +9,7 @@ from jax.experimental import checkify
 import portable
 from portable.ops import ssd, ssd_step
 from portable.ops._ssd.cases import CASES
-from tests.ops.harness import relative
+from portable.parity.numbers import relative
 
 FORMS = ["reference", "xla_scan", "xla_chunks", "xla_wide"]
 

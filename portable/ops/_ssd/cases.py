@@ -39,6 +39,7 @@ CASES = {
     "weak_decay": _case(1, 130, 4, 8, 1, 8, state=True, scale=1e-4),
     "heads_of_64": _case(1, 200, 4, 64, 2, 128, D="h", state=True, segments=True),
     "heads_of_64_bfloat16": _case(1, 150, 16, 64, 1, 32, state=True, dtype=jnp.bfloat16),
+    "bfloat16_strong_decay": _case(1, 300, 4, 8, 1, 8, state=True, dtype=jnp.bfloat16, scale=300.0),
     "bfloat16": _case(2, 70, 4, 16, 2, 16, D="h", state=True, chunk_size=32, dtype=jnp.bfloat16),
 }
 

@@ -17,7 +17,7 @@ def _size(t: int, chunk_size: int | None) -> int:
 def _pass(start, whole, added, *, reverse=False):
     """Returns the final state and the states before each chunk: s_{c+1} = whole_c s_c + added_c, over axis 1.
 
-    Several steps make one kernel, in which a state never leaves the registers: few launches, and half the traffic.
+    Eight steps are unrolled into one body of the loop, which compilers can fuse.
     """
 
     def body(s, now):

@@ -1,0 +1,22 @@
+"""Writing a file whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def replace(path: Path, content: str | bytes | bytearray) -> None:
+    """Writes a file so that a reader finds what was there or the new content, never a part, whatever happens.
+
+    Raises:
+      OSError: it cannot be written; what was there is unchanged, and nothing is left beside it.
+    """
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: another may write the same file
+    try:
+        with draft.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
