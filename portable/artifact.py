@@ -1,6 +1,7 @@
 """One compiled-anywhere program in a file: `portable.export` and `portable.load_export`."""
 
 import contextlib
+import importlib
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ def export(
     *,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     implementation: str | None = None,
+    capability: int | None = None,
     file: str | os.PathLike | None = None,
 ) -> jax_export.Exported:
     """Lowers `fn(*args)` once for several platforms; each gets its own implementation of every op.
@@ -32,6 +34,8 @@ def export(
       platforms: of `portable.selection.PLATFORMS`.
       implementation: as for `portable.using`: None for what each platform gets by itself, "kernels" for each platform's
         hand-written kernels, "xla" for a program without any.
+      capability: compute capability of the CUDA devices, 90 for 9.0, for which Triton kernels are compiled; None asks
+        the GPU of this process.
       file: where to save it; needs flatbuffers (`pip install 'portable-jax[aot]'`).
 
     Returns:
@@ -40,7 +44,8 @@ def export(
 
     Raises:
       PortableError: an unknown platform, nothing to save with, or a file that cannot be written.
-      Unavailable: the named implementation cannot take the call, or runs on none of the platforms.
+      Unavailable: the named implementation cannot take the call or runs on none of the platforms, or a Triton kernel
+        is asked for without a GPU and without `capability`.
 
     >>> import jax.numpy as jnp, portable
     >>> program = portable.export(lambda x: portable.ops.rms_norm(x, x[0]), [jnp.ones([2, 4])])
@@ -53,7 +58,12 @@ def export(
     if not platforms:
         raise PortableError("export: name at least one platform; got none.")
     checks = [jax_export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
-    with selection.using(implementation) if implementation else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if implementation:
+            stack.enter_context(selection.using(implementation))
+        if capability is not None:
+            launch = importlib.import_module("portable.pallas_kernels.gpu._launch")
+            stack.enter_context(launch.capability(capability))
         done = jax_export.export(jax.jit(fn), platforms=list(platforms), disabled_checks=checks)(*args)
     if file is not None:
         _save(done, pathlib.Path(file))

@@ -241,8 +241,9 @@ def _backward(table: Table, options: tuple, residuals, cotangents) -> tuple:
 
 _differentiable = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
 _differentiable.defvjp(lambda table, options, *arrays: (_forward(table, options, *arrays), arrays), _backward)
-# Layers of equal shapes share one trace; XLA inlines the calls.
-_traced_once = jax.jit(_differentiable, static_argnums=(0, 1))
+# Layers of equal shapes share one trace. Inlined: XLA for TPUs would lay out the arguments and results of a computation
+# with several callers without regard to them, and copy.
+_traced_once = jax.jit(_differentiable, static_argnums=(0, 1), inline=True)
 
 
 def run(table: Table, part: str, *args, **options) -> tuple:
@@ -266,7 +267,7 @@ class _Rules:
     vmaps: tuple = ()  # (batched dimensions, axis size) of each vmap around the call, the innermost first
 
     def function(self, platform: str) -> Callable:
-        """Returns the platform's function over flat arrays. Jitted: layers of equal shapes are traced once."""
+        """Returns the platform's function over flat arrays. Layers of equal shapes are traced once."""
         return _function(self, platform)
 
     def out_tree(self, leaves) -> Any:
@@ -283,7 +284,7 @@ def _nested(rules: _Rules, platform: str) -> Callable:
     def call(*leaves):
         return rules.table.get(platform, rules.part)(*rules.tree.unflatten(leaves), **dict(rules.options))
 
-    return jax.jit(call)
+    return jax.jit(call, inline=True)
 
 
 @functools.cache
@@ -293,7 +294,7 @@ def _function(rules: _Rules, platform: str) -> Callable:
 
     for dims, size in rules.vmaps:
         call = jax.vmap(call, in_axes=dims, axis_size=size)
-    return jax.jit(call)
+    return jax.jit(call, inline=True)
 
 
 _primitive = Primitive("portable")

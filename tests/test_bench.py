@@ -33,7 +33,7 @@ def bench(capsys, *words: str) -> dict:
 def test_times_every_form_of_an_op(capsys):
     found = bench(capsys, "ssd", "--quick", "--samples", "2")
     (rows,) = found["results"].values()
-    assert {row["implementation"] for row in rows} == {"xla_scan", "xla_chunks", "xla_wide"}
+    assert {row["implementation"] for row in rows} == {"xla_scan", "xla_chunks", "xla_lanes"}
     assert [row["automatic"] for row in rows].count(True) == 1
     for row in rows:
         assert row["case"] == "plain"

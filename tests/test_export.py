@@ -56,3 +56,24 @@ def test_mistakes_get_a_sentence(tmp_path):
 def test_a_named_kernel_that_runs_on_none_of_the_platforms():
     with pytest.raises(portable.Unavailable, match="'pallas_tpu' runs on tpu; this program is lowered for cpu"):
         portable.export(loss, ARGS[:1], platforms=["cpu"], implementation="pallas_tpu")
+
+
+def test_three_kernels_in_one_program(tmp_path):
+    for package in ("triton", "jax_triton", "flatbuffers"):
+        pytest.importorskip(package, reason="pip install 'portable-jax[aot]'")
+    args, kwargs = CASES["heads_of_64_bfloat16"](0)
+
+    def run(x):
+        return ssd(x, *args[1:], **kwargs)[0]
+
+    with pytest.raises(portable.Unavailable, match="no GPU to ask; name it"):
+        portable.export(run, args[:1], implementation="kernels")
+    file = tmp_path / "three.bin"
+    portable.export(run, args[:1], implementation="kernels", capability=90, file=file)
+    again = portable.load_export(file)
+    assert again.platforms == ("cpu", "cuda", "tpu")
+    text = again.mlir_module()
+    assert "tpu_custom_call" in text
+    assert "triton_kernel_call" in text
+    np.testing.assert_array_equal(again.call(args[0]), run(args[0]))  # the CPU's own form
+    assert "kernel_call" not in portable.export(run, args[:1], implementation="xla").mlir_module()

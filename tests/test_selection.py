@@ -16,7 +16,7 @@ from portable.ops._ssd.cases import CASES
 from portable.parity.numbers import relative
 
 ARGS, KWARGS = CASES["groups"]()
-NAMES = (("cpu", "xla_scan"), ("default", "xla_chunks"), ("tpu", "xla_wide"))
+NAMES = (("cpu", "xla_scan"), ("default", "xla_chunks"), ("tpu", "xla_lanes"))
 
 
 def loss(x, **options):
@@ -27,6 +27,7 @@ def loss(x, **options):
 def traced(monkeypatch):
     """Records which implementations of `ssd` are traced, with empty caches."""
     seen = []
+    jax.clear_caches()
     for cache in (selection._nested, selection._function, selection._compiled):
         cache.cache_clear()
     table = dict(selection.implementations("ssd"))
@@ -47,8 +48,8 @@ def traced(monkeypatch):
 def test_lowering_for_a_platform_traces_its_own_form(traced):
     f = jax.jit(lambda x: loss(x))
     f.trace(ARGS[0]).lower(lowering_platforms=("tpu",))
-    assert traced[-1] == "xla_wide"
-    assert set(traced) == {"xla_chunks", "xla_wide"}  # types are those of the default form
+    assert traced[-1] == "xla_lanes"
+    assert set(traced) == {"xla_chunks", "xla_lanes"}  # types are those of the default form
     f.trace(ARGS[0]).lower(lowering_platforms=("cpu",))
     assert traced[-1] == "xla_scan"
 
@@ -107,7 +108,7 @@ def test_explain_speaks_in_sentences():
     assert "by name only" in text
     abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ARGS]
     assert str(portable.explain("ssd", *abstract, **KWARGS)) == text
-    assert "tpu   xla_wide    takes all chunks of 256" in str(portable.explain("ssd"))
+    assert "tpu   xla_lanes   keeps heads side by side" in str(portable.explain("ssd"))
     with pytest.raises(
         ValueError, match="no op called 'sdd'; there are: causal_conv1d, linear, rms_norm, ssd, ssd_step"
     ):
@@ -116,7 +117,7 @@ def test_explain_speaks_in_sentences():
 
 def test_info_names_versions_devices_and_choices():
     text = str(portable.info())
-    for word in (jax.__version__, "device 0", "ssd", "xla_scan", "of reference, xla_chunks, xla_scan, xla_wide"):
+    for word in (jax.__version__, "device 0", "ssd", "xla_scan", "of reference, xla_chunks, xla_lanes, xla_scan"):
         assert word in text
 
 

@@ -46,7 +46,7 @@ class Config(NamedTuple):
 def capability(number: int) -> Iterator[None]:
     """Compiles kernels lowered inside the context for a compute capability (90 is 9.0), asking no device.
 
-    Without it the GPU of the process is asked, and a process that has none cannot lower a kernel.
+    Without it the GPU of the process is asked; one that has none cannot lower a kernel.
 
         with capability(90):
             lowered = jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))
@@ -102,9 +102,21 @@ def call(
         results: list(outputs),
         "num_warps": config.warps,
         "num_stages": config.stages,
-        "compute_capability": _capability.value,
+        "compute_capability": _known_capability(),
     }
     return tuple(jax_triton.triton_call(*inputs, **options, **constants))
+
+
+def _known_capability() -> int | None:
+    if _capability.value is None:
+        try:
+            jax.devices("cuda")
+        except RuntimeError:
+            raise Unavailable(
+                "a Triton kernel is compiled for one compute capability, and this process has no GPU to ask; name it, "
+                "as in portable.export(..., capability=90)."
+            ) from None
+    return _capability.value
 
 
 def _match_assembler() -> None:

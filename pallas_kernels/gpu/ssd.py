@@ -4,6 +4,7 @@ Backward, a second walk passes the states' cotangents the other way. States are 
 dtype of v, so memory is linear in t; scores never leave a program.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -12,6 +13,7 @@ from jax import ShapeDtypeStruct
 
 from portable.checks import Unavailable
 from portable.ops._ssd import chunk
+from portable.ops._ssd.scaled import scaled
 from portable.pallas_kernels.gpu import _launch
 from portable.pallas_kernels.gpu._launch import Config
 from portable.selection import Impl
@@ -154,9 +156,12 @@ def refuses(a, k, v, q, state, boundaries, *, chunk_size) -> str | None:
     return None
 
 
+TAKES = scaled(Impl(fwd=fwd, bwd=bwd, why_not=refuses))
+
+
 def why_not(*arrays, **options) -> str | None:
     """Returns `refuses`, or which package is not installed."""
-    return refuses(*arrays, **options) or _launch.missing("triton", "jax_triton")
+    return TAKES.why_not(*arrays, **options) or _launch.missing("triton", "jax_triton")
 
 
 def interpret(part, *args, **options):
@@ -165,9 +170,9 @@ def interpret(part, *args, **options):
     Raises:
       Unavailable: the kernels cannot take the arguments, or triton or torch is not installed.
     """
-    if reason := refuses(*(args if part == "fwd" else args[0]), **options):
+    if reason := TAKES.why_not(*(args if part == "fwd" else args[0]), **options):
         raise Unavailable(f"ssd: 'triton' cannot take this call: {reason}")
     return _launch.interpret(__name__, part, args, options)
 
 
-IMPL = Impl(fwd=fwd, bwd=bwd, why_not=why_not, interpret=interpret)
+IMPL = dataclasses.replace(TAKES, why_not=why_not, interpret=interpret)

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from portable.ops._ssd import chunk
+from portable.ops._ssd.scaled import scaled
 from portable.selection import Impl
 
 LANES = 128
@@ -408,4 +409,4 @@ def interpret(part: str, *args, **options) -> tuple:
         return {"fwd": fwd, "bwd": bwd}[part](*args, **options)
 
 
-IMPL = Impl(fwd=fwd, bwd=bwd, why_not=why_not, interpret=interpret)
+IMPL = scaled(Impl(fwd=fwd, bwd=bwd, why_not=why_not, interpret=interpret))

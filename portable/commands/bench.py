@@ -14,7 +14,7 @@ EXAMPLES = """examples:
   portable bench mamba2 --quick             # a few seconds: two layers, short inputs
   portable bench mamba2 --size 370m --dtype bfloat16 --batch 8
   portable bench mamba2 --model FOLDER --json
-  portable bench ssd --impl xla_wide,xla_chunks --estimate tpu-v6e   # by the compiler of a device that is not here
+  portable bench ssd --impl xla_lanes,xla_chunks --estimate tpu-v6e   # by the compiler of a device that is not here
 """
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\(")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "c64": 64, "c128": 128}
 # These name another instruction's buffer, or are the program's own inputs.
@@ -23,6 +23,20 @@ _NO_BUFFER = {
     "opt-barrier",
 }
 _MEMORY = ("argument", "output", "alias", "temp", "generated_code")
+
+
+class Instruction(NamedTuple):
+    """One line of a program."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+
+Computations = dict[str, dict[str, Instruction]]
 
 
 class Buffer(NamedTuple):
@@ -65,7 +79,7 @@ def opcodes(hlo: str) -> dict[str, int]:
     A matrix product is a `dot`, on a TPU a `convolution`, or a custom call; see `custom_calls`.
     """
     found = (_INSTRUCTION.match(line) for line in hlo.splitlines())
-    return dict(collections.Counter(m[3] for m in found if m).most_common())
+    return dict(collections.Counter(m[4] for m in found if m).most_common())
 
 
 def custom_calls(hlo: str) -> dict[str, int]:
@@ -79,28 +93,48 @@ def buffers(hlo: str) -> list[Buffer]:
     Instructions inside a fusion are left out, because they live in registers; so are arguments and mere
     views. Two arrays may share memory at different times: for the sum, ask `memory`.
     """
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in hlo.splitlines():
-        if head := _COMPUTATION.match(line):
-            lines = computations.setdefault(head[1], [])
-        else:
-            lines.append(line)
+    computations, _ = parse(hlo)
     inner = set()
     for body in computations.values():
-        for line in body:
-            found = _INSTRUCTION.match(line)
-            if found and found[3] != "call":
-                inner.update(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line))
+        for line in body.values():
+            if line.opcode != "call":
+                inner.update(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line.rest))
     out = []
     for name, body in computations.items():
-        for line in body if name not in inner else ():
-            found = _INSTRUCTION.match(line)
-            if found and found[3] not in _NO_BUFFER:
-                for dtype, dims in _ARRAY.findall(found[2]):
-                    shape = tuple(int(d) for d in dims.split(",") if d)
-                    out.append(Buffer(_bits(dtype) * math.prod(shape) // 8, dtype, shape, found[3], found[1]))
+        for line in body.values() if name not in inner else ():
+            if line.opcode not in _NO_BUFFER:
+                for size, dtype, shape in arrays(line.type):
+                    out.append(Buffer(size, dtype, shape, line.opcode, line.name))
     return sorted(out, reverse=True)
+
+
+def parse(hlo: str) -> tuple[Computations, str]:
+    """Returns the instructions of each computation of an optimised program by name, and the entry's name.
+
+    Raises:
+      ValueError: the text has no entry.
+    """
+    computations: Computations = {}
+    entry, inside = "", {}
+    for line in hlo.splitlines():
+        if head := _COMPUTATION.match(line):
+            inside = computations.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            operands = tuple(re.findall(r"%([\w.\-]+)", found[5].partition(")")[0]))
+            inside[found[2]] = Instruction(found[2], found[3], found[4], operands, found[5], bool(found[1]))
+    if not entry:
+        raise ValueError("this is not the text of an optimised program: it has no ENTRY.")
+    return computations, entry
+
+
+def arrays(type: str) -> list[tuple[int, str, tuple[int, ...]]]:
+    """Returns (bytes, dtype, shape) of each array in an instruction's type."""
+    found = []
+    for dtype, dims in _ARRAY.findall(type):
+        shape = tuple(int(d) for d in dims.split(",") if d)
+        found.append((_bits(dtype) * math.prod(shape) // 8, dtype, shape))
+    return found
 
 
 def _bits(dtype: str) -> int:

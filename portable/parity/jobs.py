@@ -69,6 +69,7 @@ class Result:
       lower_seconds, compile_seconds: time to trace and lower, and to compile.
       opcodes: instructions by operation. custom_calls: custom calls by target.
       flops, moved_bytes: of the work, see `roofline`; roofline_seconds: the least time they take on the device.
+      accessed_bytes: read from and written to the device's memory by the compiled program, see `traffic`.
       estimated_seconds: the compiler's own estimate, loops as often as they run; None where it gives none, or where
         `uncounted` names a part of the program that it does not see.
       error: the largest of max|got - want| / max|want| over all results, `want` by the reference in float64.
@@ -95,6 +96,7 @@ class Result:
     flops: float | None = None
     moved_bytes: int | None = None
     roofline_seconds: float | None = None
+    accessed_bytes: int | None = None
     estimated_seconds: float | None = None
     uncounted: str = ""
     error: float | None = None

@@ -41,7 +41,7 @@ def compare(
       name, case, gradients, implementation: as for `programs.op`.
       seed: of the case's arguments and of the cotangents.
     """
-    compared = _interpreted if interpret else ran
+    compared = interpreted_case if interpret else ran
     with jax.default_matmul_precision("highest"):
         found = compared(name, case, gradients, implementation, seed)
     dtype = str(jax.eval_shape(lambda: programs.cases(name)[case](seed)[0][0]).dtype)
@@ -107,7 +107,7 @@ def _defined(name: str, case: str, gradients: bool, seed: int) -> tuple[Any, dic
     return arrays, static, cotangents, [np.asarray(x) for x in want]
 
 
-def _interpreted(name: str, case: str, gradients: bool, implementation: str, seed: int) -> list[tuple[Any, Any]]:
+def interpreted_case(name: str, case: str, gradients: bool, implementation: str, seed: int) -> list[tuple[Any, Any]]:
     """Returns pairs (a kernel's result, the reference's in float64) on the op's prepared arguments."""
     args, kwargs = programs.cases(name)[case](seed)
     arrays, options = importlib.import_module(f"portable.ops._{name}.api").prepare(*args, **kwargs)

@@ -31,6 +31,11 @@ def cases(op: str, *, sizes: bool = True) -> dict[str, Callable]:
     return {**module.CASES, **(getattr(module, "SIZES", {}) if sizes else {})}
 
 
+def stages(op: str) -> dict[str, dict[str, Callable]]:
+    """Returns an op's argument sets by what they try: smoke, shapes, stability and edges."""
+    return importlib.import_module(f"portable.ops._{op}.cases").STAGES
+
+
 def op(name: str, case: str, *, gradients: bool = False, implementation: str | None = None) -> Program:
     """Returns one op on one of its cases.
 

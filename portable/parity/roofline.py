@@ -29,12 +29,12 @@ class Roofline:
 def roofline(target: Target, fn: Callable, *args: Any) -> Roofline:
     """Returns the roofline of `fn(*args)` on a target; the arrays may be `jax.ShapeDtypeStruct`.
 
-    Ops of portable count as the XLA form of the target's platform, whichever implementation is compiled: the roofline
-    is that of the work, not of the way it is done.
+    Ops of portable count as their default XLA form, whichever implementation is compiled: the roofline is that of the
+    work, not of the way it is done, and a platform's form may compute more to compute it faster.
     """
     closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
     flops: dict[str, float] = {}
-    _add(closed.jaxpr, 1, flops, target.family)
+    _add(closed.jaxpr, 1, flops)
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((args, out)))
     if target.bandwidth is None:
         return Roofline(flops, moved, None)
@@ -42,25 +42,25 @@ def roofline(target: Target, fn: Callable, *args: Any) -> Roofline:
     return Roofline(flops, moved, max(compute, moved / target.bandwidth))
 
 
-def _add(jaxpr: Any, times: float, flops: dict[str, float], platform: str) -> None:
+def _add(jaxpr: Any, times: float, flops: dict[str, float]) -> None:
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name in ("dot_general", "conv_general_dilated"):
             dtype = str(np.result_type(*[x.aval.dtype for x in eqn.invars]))
             flops[dtype] = flops.get(dtype, 0) + times * _product(eqn)
         elif name == "portable":
-            inner = jax.make_jaxpr(params["rules"].forms.function(platform))(*[x.aval for x in eqn.invars])
-            _add(inner.jaxpr, times, flops, platform)
+            inner = jax.make_jaxpr(params["rules"].forms.function("default"))(*[x.aval for x in eqn.invars])
+            _add(inner.jaxpr, times, flops)
         elif name == "while":
             inner = {}
-            _add(params["body_jaxpr"].jaxpr, 1, inner, platform)
+            _add(params["body_jaxpr"].jaxpr, 1, inner)
             if inner:
                 raise ValueError("how often a while loop with matrix products runs is not known; use scan.")
         elif name == "cond":
             branches = []
             for branch in params["branches"]:
                 found: dict[str, float] = {}
-                _add(branch.jaxpr, times, found, platform)
+                _add(branch.jaxpr, times, found)
                 branches.append(found)
             largest = max(branches, key=lambda b: sum(b.values()))
             for dtype, n in largest.items():
@@ -69,7 +69,7 @@ def _add(jaxpr: Any, times: float, flops: dict[str, float], platform: str) -> No
             inside = times * params["length"] if name == "scan" else times
             for inner in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr):
                 if _is_jaxpr(inner):
-                    _add(getattr(inner, "jaxpr", inner), inside, flops, platform)
+                    _add(getattr(inner, "jaxpr", inner), inside, flops)
 
 
 def _is_jaxpr(x: Any) -> bool:

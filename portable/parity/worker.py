@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from portable.checks import Unavailable
-from portable.parity import cost, hlo, numbers, programs, roofline, targets
+from portable.parity import cost, hlo, loops, numbers, programs, roofline, targets, traffic
 from portable.parity.store import Store, key
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -113,8 +113,9 @@ def compile_program(target: targets.Target, program: programs.Program, store: St
     }
     given |= {f"{key}_bytes": memory[key] for key in ("argument", "output", "alias", "temp", "needed", "peak")}
     try:
+        given["accessed_bytes"] = traffic.accessed(text)
         given["estimated_seconds"] = cost.seconds(target, text)
-    except cost.Uncounted as reason:
+    except loops.Uncounted as reason:
         given["uncounted"] = str(reason)
     store.put(name, given)
     return found | given
@@ -130,7 +131,7 @@ def _capability(target: targets.Target) -> contextlib.AbstractContextManager:
 
 def source_of_results() -> str:
     """Returns a hash of the files that turn a compiled program into a result."""
-    files = (hlo.__file__, cost.__file__, __file__)
+    files = (hlo.__file__, cost.__file__, loops.__file__, traffic.__file__, __file__)
     return hashlib.sha256(b"".join(pathlib.Path(f).read_bytes() for f in files)).hexdigest()
 
 

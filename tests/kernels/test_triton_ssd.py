@@ -51,11 +51,14 @@ def core(b, t, h, p, g, n, *, state=True, segments=0.0, chunk_size=16, dtype="fl
         if decay > 1:  # none at all, and beyond what float32 holds, among the strong ones
             a[rng.uniform(size=a.shape) < 0.3] = 0
             a[rng.uniform(size=a.shape) < 0.1] = -np.inf
-        k, v, q = (normal(d, b, t, *s) for d, s in ((keys or dtype, (g, n)), (dtype, (h, p)), (keys or dtype, (g, n))))
+        dt = jnp.asarray(rng.uniform(0.1, 1.0, [b, t, h]), jnp.float32)
+        x, k, q = (
+            normal(d, b, t, *s) for d, s in ((dtype, (h * p,)), (keys or dtype, (g, n)), (keys or dtype, (g, n)))
+        )
         start = normal("float32", b, h, p, n) if state else None
         counts = np.cumsum(rng.uniform(size=[b, t]) < segments, 1) if segments else None
         counts = None if counts is None else jnp.asarray(counts - counts[:, :1], jnp.int32)
-        return (jnp.asarray(a, jnp.float32), k, v, q, start, counts), {"chunk_size": chunk_size}
+        return (jnp.asarray(a, jnp.float32), dt, x, k, q, start, counts), {"chunk_size": chunk_size}
 
     return make
 
@@ -70,7 +73,7 @@ def of_op(case):
 
 def accepted(case) -> bool:
     arrays, options = jax.eval_shape(lambda: of_op(case)(0)[0]), of_op(case)(0)[1]
-    return ssd.refuses(*arrays, **options) is None
+    return ssd.TAKES.why_not(*arrays, **options) is None
 
 
 MADE = {

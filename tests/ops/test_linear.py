@@ -12,21 +12,20 @@ from portable.ops import linear
 ROW, KERNEL = jnp.ones([1, 512]), jnp.ones([512, 512])
 
 
-def form(x, kernel, **options) -> str:
+def forms(x, kernel, **options) -> tuple[str, str, str]:
     table = selection.choose("linear", None, x, kernel, **{"transposed": False, "out_dtype": x.dtype} | options)
-    return dict(table.names).get("cpu", dict(table.names)["default"])
+    names = dict(table.names)
+    return names["cpu"], names["tpu"], names["default"]
 
 
-def test_only_single_rows_on_a_cpu_leave_xlas_product():
-    assert form(ROW, KERNEL) == "xla_row"
-    assert form(ROW.astype(jnp.bfloat16), KERNEL[:, :8].astype(jnp.bfloat16)) == "xla_row"
-    assert form(jnp.ones([2, 512]), KERNEL) == "xla"
-    assert form(ROW, KERNEL, transposed=True) == "xla"
-    assert form(ROW.astype(jnp.float16), KERNEL.astype(jnp.float16)) == "xla"
-    assert dict(selection.choose("linear", None, ROW, KERNEL, transposed=False, out_dtype=ROW.dtype).names) == {
-        "cpu": "xla_row",
-        "default": "xla",
-    }
+def test_only_single_rows_leave_xlas_product():
+    half = KERNEL.astype(jnp.bfloat16)
+    assert forms(ROW, KERNEL) == ("xla_row", "xla", "xla")
+    assert forms(ROW.astype(jnp.bfloat16), half[:, :8]) == ("xla_row", "xla_twice", "xla")
+    assert forms(jnp.ones([2, 512]), KERNEL) == ("xla", "xla", "xla")
+    assert forms(jnp.ones([2, 512], jnp.bfloat16), half) == ("xla", "xla", "xla")
+    assert forms(ROW, KERNEL, transposed=True) == ("xla", "xla", "xla")
+    assert forms(ROW.astype(jnp.float16), KERNEL.astype(jnp.float16)) == ("xla", "xla", "xla")
 
 
 def test_many_rows_differentiate_in_forward_mode():

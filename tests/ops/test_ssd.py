@@ -11,7 +11,7 @@ from portable.ops import ssd, ssd_step
 from portable.ops._ssd.cases import CASES
 from portable.parity.numbers import relative
 
-FORMS = ["reference", "xla_scan", "xla_chunks", "xla_wide"]
+FORMS = ["reference", "xla_scan", "xla_chunks", "xla_lanes"]
 
 
 def definition(x, dt, A, B, C, D=None, initial_state=None, segment_ids=None, chunk_size=None):

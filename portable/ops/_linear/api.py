@@ -18,7 +18,7 @@ def linear(
     """Multiplies vectors by a matrix: y = x @ kernel, or x @ kernel.T with the kernel read in place.
 
     Operands are brought to their common dtype and multiplied at JAX's default precision for it, as `x @ kernel` is.
-    Everything but a single row on a CPU is XLA's own product, differentiable in every mode; a single row on a CPU is
+    Everything but a single row on a CPU or a TPU is XLA's own product, differentiable in every mode; a single row is
     differentiable in reverse mode.
 
     Args:
@@ -26,7 +26,7 @@ def linear(
       kernel: [d, o], or [o, d] if `transposed` (an embedding used as the head).
       transposed: whether the kernel's second axis meets x.
       out_dtype: dtype of the result; None takes the operands' common dtype.
-      implementation: "reference", "xla" (the platform's form) or "xla_row".
+      implementation: "reference", "xla" (the platform's form), "xla_row" or "xla_twice".
 
     Returns:
       [..., o] in `out_dtype`.

@@ -3,9 +3,9 @@
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 
+from portable.ops._linear import xla_twice
 from portable.selection import Impl
 
 # XLA:CPU runs a product of one float32 row on one core; cut into this many products, their sum uses all.
@@ -32,22 +32,13 @@ def why_not(x, kernel, *, transposed, out_dtype) -> str | None:
 
 
 def fwd(x, kernel, *, transposed, out_dtype):
-    """See `reference.fwd`.
-
-    A bfloat16 row is multiplied twice and one result dropped: XLA:CPU has a matrix product for bfloat16 but takes
-    single rows element by element, at a tenth of the speed.
-    """
-    d = x.shape[-1]
-    wide = jnp.promote_types(jnp.float32, x.dtype)
+    """See `reference.fwd`."""
     if x.dtype == jnp.bfloat16:
-        rows = jnp.broadcast_to(x.reshape(1, d), (2, d))
-        dims = (((1,), (1 if transposed else 0,)), ((), ()))
-        y = jax.lax.dot_general(rows, kernel, dims, preferred_element_type=wide)[0]
-    else:
-        parts = kernel.reshape(_PARTS, d // _PARTS, -1)
-        # Added one by one: the sum then joins what comes next, where a reduction would be a program of its own.
-        first, *others = jnp.einsum("sk,sko->so", x.reshape(_PARTS, -1), parts)
-        y = functools.reduce(jnp.add, others, first)
+        return xla_twice.fwd(x, kernel, transposed=transposed, out_dtype=out_dtype)
+    parts = kernel.reshape(_PARTS, x.shape[-1] // _PARTS, -1)
+    # Added one by one: the sum then joins what comes next, where a reduction would be a program of its own.
+    first, *others = jnp.einsum("sk,sko->so", x.reshape(_PARTS, -1), parts)
+    y = functools.reduce(jnp.add, others, first)
     return (y.reshape(*x.shape[:-1], -1).astype(out_dtype),)
 
 

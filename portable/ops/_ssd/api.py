@@ -1,5 +1,6 @@
 """The contract of `ssd`: checks and preparation. No algorithm."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from portable import selection
@@ -14,6 +15,7 @@ from portable.ops._arguments import (
     segment_counts,
     vary_together,
 )
+from portable.ops._ssd.scaled import flat
 
 
 def ssd(
@@ -74,11 +76,12 @@ def ssd(
         x, dt, A, B, C, D=D, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size
     )
     y, state = selection.call("ssd", implementation, arrays, options)
-    return add_skip(y, x, D), state
+    b, _, h, p = x.shape
+    return add_skip(y.reshape(x.shape), x, D), state.reshape(b, h, p, B.shape[-1])
 
 
 def prepare(x, dt, A, B, C, *, D=None, initial_state=None, segment_ids=None, chunk_size=None):
-    """Checks the arguments; returns the core's (log decay, k, v, q, state, boundaries) and its options."""
+    """Checks the arguments; returns the core's arrays, as in `scaled`, and its options."""
     sizes: dict[str, int] = {}
     check_shape("ssd", "x", x, "b t h p", sizes)
     check_shape("ssd", "dt", dt, "b t h", sizes)
@@ -99,8 +102,7 @@ def prepare(x, dt, A, B, C, *, D=None, initial_state=None, segment_ids=None, chu
     check_values(lambda d: ~(d < 0), "ssd: dt must be >= 0 (apply softplus first); got a negative entry.", dt)
     wide = accumulator(x, dt)
     dt = dt.astype(wide)
-    v = (x.astype(wide) * dt[..., None]).astype(x.dtype)
-    arrays = (dt * A.astype(wide), B, v, C, initial_state, segment_counts(segment_ids))
+    arrays = (dt * A.astype(wide), dt, flat(x), B, C, initial_state, segment_counts(segment_ids))
     return vary_together(*arrays), {"chunk_size": chunk_size}
 
 
@@ -118,5 +120,8 @@ def add_skip(y, x, D):
     """Returns y + D * x, summed in float32, in the dtype of x."""
     if D is None:
         return y
-    wide = accumulator(x)
-    return (y.astype(wide) + (D[:, None] if D.ndim == 1 else D).astype(wide) * x.astype(wide)).astype(x.dtype)
+    wide, (*leading, h, p) = accumulator(x), x.shape
+    # With a head's channels in an axis of their own, a TPU would lay x and y out anew.
+    weights = jnp.broadcast_to((D[:, None] if D.ndim == 1 else D).astype(wide), (h, p)).reshape(h * p)
+    y, x = (z.reshape(*leading, h * p) for z in (y, x))
+    return (y.astype(wide) + weights * x.astype(wide)).astype(x.dtype).reshape(*leading, h, p)

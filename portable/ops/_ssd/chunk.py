@@ -60,45 +60,50 @@ def differences(x: jax.Array) -> jax.Array:
     return x[..., :, None] - x[..., None, :]
 
 
-def decay(c: Chunk, differences=differences) -> Decay:
-    """Returns every product of decays in a chunk; `differences` forms those of the sums of logs."""
+def decay(c: Chunk, differences=differences, weight: jax.Array | None = None) -> Decay:
+    """Returns every product of decays in a chunk; `differences` forms those of the sums of logs.
+
+    With `weight` [..., g, r, s], the log of a factor for each position, `within` and `out` are products with it.
+    """
     large, small, counts = c.large, c.small, c.counts
     # Where products take 16-bit operands, the digits that one sum loses are far below theirs.
     exact = c.v.dtype.itemsize > 2
     logs = jnp.minimum(differences(large) + differences(small) if exact else differences(large + small), 0)
     mask = jnp.tril(jnp.ones((large.shape[-1],) * 2, bool))
-    into, out = large + small, (large[..., -1:] - large) + (small[..., -1:] - small)
+    into, out = large + small, jnp.minimum((large[..., -1:] - large) + (small[..., -1:] - small), 0)
     whole = into[..., -1]
+    if weight is not None:
+        logs, out = logs + weight[..., None, :], out + weight
     if counts is not None:
         seen = counts[..., None, None, :]  # axes for g, r
         mask = mask & (seen[..., :, None] == seen[..., None, :])
         into = jnp.where(seen == 0, into, -jnp.inf)
         out = jnp.where(seen == seen[..., -1:], out, -jnp.inf)
         whole = jnp.where(seen[..., -1] == 0, whole, -jnp.inf)
-    return Decay(jnp.exp(jnp.where(mask, logs, -jnp.inf)), jnp.exp(into), jnp.exp(jnp.minimum(out, 0)), jnp.exp(whole))
+    return Decay(jnp.exp(jnp.where(mask, logs, -jnp.inf)), jnp.exp(into), jnp.exp(out), jnp.exp(whole))
 
 
-def _dot(spec: str, x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
-    """Einsum of operands in the dtype of `like`, accumulated in float32 (float64 in float64)."""
-    wide = jnp.promote_types(jnp.float32, like.dtype)
-    return jnp.einsum(spec, x.astype(like.dtype), y.astype(like.dtype), preferred_element_type=wide)
+def dot(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
+    """Einsum of operands in `dtype`, accumulated in float32 (float64 in float64)."""
+    wide = jnp.promote_types(jnp.float32, dtype)
+    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide)
 
 
 def update(c: Chunk, d: Decay) -> jax.Array:
     """Returns what the chunk adds to the state at its end, [..., g, r, p, n]."""
-    return _dot("...grsp,...gsn->...grpn", c.v * d.out[..., None], c.k, c.v)
+    return dot("...grsp,...gsn->...grpn", c.v * d.out[..., None], c.k, c.v.dtype)
 
 
 def output(c: Chunk, d: Decay, state: jax.Array) -> jax.Array:
     """Returns the chunk's y [..., g, r, q, p] from its own tokens and the state at its start."""
-    scores = _dot("...gqn,...gsn->...gqs", c.q, c.k, c.v)
-    own = _dot("...grqs,...grsp->...grqp", scores[..., None, :, :] * d.within, c.v, c.v)
-    return own + _dot("...gqn,...grpn->...grqp", c.q, state, c.v) * d.into[..., None]
+    scores = dot("...gqn,...gsn->...gqs", c.q, c.k, c.v.dtype)
+    own = dot("...grqs,...grsp->...grqp", scores[..., None, :, :] * d.within, c.v, c.v.dtype)
+    return own + dot("...gqn,...grpn->...grqp", c.q, state, c.v.dtype) * d.into[..., None]
 
 
 def state_gradient(c: Chunk, d: Decay, dy: jax.Array) -> jax.Array:
     """Returns the part of the cotangent of the state at the chunk's start that comes through y."""
-    return _dot("...grqp,...gqn->...grpn", dy * d.into[..., None], c.q, c.v)
+    return dot("...grqp,...gqn->...grpn", dy * d.into[..., None], c.q, c.v.dtype)
 
 
 def gradients(c: Chunk, d: Decay, state: jax.Array, dy: jax.Array, dstate: jax.Array):
@@ -107,22 +112,22 @@ def gradients(c: Chunk, d: Decay, state: jax.Array, dy: jax.Array, dstate: jax.A
     The cotangent of a log decay sums over every pair of positions that it lies between. It is formed as such, with a
     triangular product, and not as a difference of row and column sums, which would cancel when decays are strong.
     """
-    scores = _dot("...gqn,...gsn->...gqs", c.q, c.k, c.v)
+    scores = dot("...gqn,...gsn->...gqs", c.q, c.k, c.v.dtype)
     weights = scores[..., None, :, :] * d.within
-    dscores = _dot("...grqp,...grsp->...grqs", dy, c.v, c.v) * d.within
+    dscores = dot("...grqp,...grsp->...grqs", dy, c.v, c.v.dtype) * d.within
     summed = dscores.sum(-3)
     # Products with a state take all heads of a group in one GEMM: the output of a head only ever meets that head.
     dy_in, v_out = dy * d.into[..., None], c.v * d.out[..., None]
-    dq = _dot("...gqs,...gsn->...gqn", summed, c.k, c.v) + _dot("...grqp,...grpn->...gqn", dy_in, state, c.v)
-    dk = _dot("...gqs,...gqn->...gsn", summed, c.q, c.v) + _dot("...grsp,...grpn->...gsn", v_out, dstate, c.v)
-    into_state = _dot("...gsn,...grpn->...grsp", c.k, dstate, c.v)
-    dv = _dot("...grqs,...grqp->...grsp", weights, dy, c.v) + into_state * d.out[..., None]
+    dq = dot("...gqs,...gsn->...gqn", summed, c.k, c.v.dtype) + dot("...grqp,...grpn->...gqn", dy_in, state, c.v.dtype)
+    dk = dot("...gqs,...gqn->...gsn", summed, c.q, c.v.dtype) + dot("...grsp,...grpn->...gsn", v_out, dstate, c.v.dtype)
+    into_state = dot("...gsn,...grpn->...grsp", c.k, dstate, c.v.dtype)
+    dv = dot("...grqs,...grqp->...grsp", weights, dy, c.v.dtype) + into_state * d.out[..., None]
 
     # da[m] = sum over s < m <= q of weights[q, s] * dweights[q, s], then the pairs with the chunk's start and end.
     upto = jnp.tri(c.large.shape[-1], dtype=d.within.dtype)  # [q, m]: m <= q
     pairs = jnp.einsum("...grqs,qm->...grms", scores[..., None, :, :] * dscores, upto)
     da = jnp.einsum("...grms,sm->...grm", pairs, 1 - upto, precision=jax.lax.Precision.HIGHEST)
-    from_state = _dot("...gqn,...grpn->...grqp", c.q, state, c.v)
+    from_state = dot("...gqn,...grpn->...grqp", c.q, state, c.v.dtype)
     through, leaving = (from_state * dy_in).sum(-1), (into_state * v_out).sum(-1)
     da = da + jnp.einsum("...q,qm->...m", through, upto) + jnp.einsum("...s,sm->...m", leaving, 1 - upto)
     da = da + (d.whole * (state * dstate).sum((-1, -2)))[..., None]

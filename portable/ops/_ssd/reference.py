@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from portable.ops._arguments import accumulator, vary_together
+from portable.ops._ssd.scaled import scaled
 from portable.selection import Impl
 
 
@@ -29,4 +30,4 @@ def fwd(a, k, v, q, state, boundaries, *, chunk_size):
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
 
 
-IMPL = Impl(fwd=fwd)
+IMPL = scaled(Impl(fwd=fwd))

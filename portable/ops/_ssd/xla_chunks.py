@@ -1,9 +1,10 @@
-"""All chunks at once in batched GEMMs; a scan passes only their states: the form of GPUs and TPUs."""
+"""All chunks at once in batched GEMMs; a scan passes only their states: the form of GPUs."""
 
 import jax
 import jax.numpy as jnp
 
 from portable.ops._ssd import chunk
+from portable.ops._ssd.scaled import scaled
 from portable.selection import Impl
 
 # The side of an MXU, and enough rows for tensor cores.
@@ -56,4 +57,4 @@ def bwd(residuals, cotangents, *, chunk_size):
     return chunk.cotangents(residuals, da, dk, dv, dq, ds)
 
 
-IMPL = Impl(fwd=fwd, bwd=bwd)
+IMPL = scaled(Impl(fwd=fwd, bwd=bwd))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from portable.ops._ssd import chunk
+from portable.ops._ssd.scaled import scaled
 from portable.selection import Impl
 
 # One chunk's scores and decays then fit a core's second-level cache.
@@ -73,4 +74,4 @@ def bwd(residuals, cotangents, *, chunk_size):
     return chunk.cotangents(residuals, da, dk, dv, dq, ds)
 
 
-IMPL = Impl(fwd=fwd, bwd=bwd)
+IMPL = scaled(Impl(fwd=fwd, bwd=bwd))

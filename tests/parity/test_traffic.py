@@ -1,0 +1,81 @@
+"""The bytes that a compiled program moves, from its text and from real compilers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from portable import parity
+from portable.models.mamba2.config import Mamba2Config
+from portable.parity import loops, traffic
+
+PROGRAM = """HloModule jit_f
+
+%row (table: bf16[1000,64], i: s32[]) -> bf16[1,64] {
+  %table = bf16[1000,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = bf16[1,64]{1,0} dynamic-slice(%table, %i, %zero), dynamic_slice_sizes={1,64}
+}
+
+%write (all: f32[8,64], new: f32[1,64], j: s32[]) -> f32[8,64] {
+  %all = f32[8,64]{1,0} parameter(0)
+  %new = f32[1,64]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %nought = s32[] constant(0)
+  ROOT %put = f32[8,64]{1,0} dynamic-update-slice(%all, %new, %j, %nought)
+}
+
+ENTRY %main (w: bf16[1000,64], k: f32[64,64], n: s32[], s: f32[8,64]) -> f32[8,64] {
+  %w = bf16[1000,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %k = f32[64,64]{1,0:T(8,128)} parameter(1)
+  %n = s32[]{:T(128)S(6)} parameter(2)
+  %s = f32[8,64]{1,0:T(8,128)} parameter(3)
+  %x = bf16[1,64]{1,0:T(2,128)(2,1)S(1)} fusion(%w, %n), kind=kLoop, calls=%row
+  %start = (f32[64,64]{1,0:T(8,128)S(1)}, f32[64,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%k)
+  %half = ((f32[64,64]{1,0:T(8,128)}), f32[32,64]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%k)
+  %here = f32[64,64]{1,0:T(8,128)S(1)} copy-done(%start)
+  %y = f32[1,64]{1,0:T(1,128)} convolution(%x, %here), dim_labels=bf_io->bf
+  ROOT %out = f32[8,64]{1,0:T(8,128)} fusion(%s, %y, %n), kind=kLoop, calls=%write
+}
+"""
+
+
+def test_arrays_count_where_they_lie_in_memory():
+    row, matrix, half, y = 64 * 2, 64 * 64 * 4, 32 * 64 * 4, 64 * 4
+    # One row of the table; the fetches; y written, and read where its row of the state is written in place.
+    assert traffic.accessed(PROGRAM) == row + matrix + half + y + y + y
+    in_memory = PROGRAM.replace("S(1)", "")
+    assert traffic.accessed(in_memory) == 3 * row + 3 * matrix + 2 * half + y + y + y
+
+
+def test_a_loop_moves_as_often_as_it_runs():
+    def f(x):
+        return jax.lax.scan(lambda c, _: (jnp.sort(c * 2), None), x, None, length=5)[0]
+
+    x = jnp.ones(2**16)
+    text = jax.jit(f).lower(x).compile().as_text()
+    moved = traffic.accessed(text)
+    assert 5 * 2 * x.nbytes <= moved <= 40 * x.nbytes
+    once = jax.jit(lambda x: jnp.sort(x * 2)).lower(x).compile().as_text()
+    assert moved >= 4 * traffic.accessed(once)
+
+
+def test_a_loop_without_a_count_is_refused():
+    f = jax.jit(lambda x: jax.lax.while_loop(lambda c: c.sum() < 100, lambda c: c * 2, x))
+    with pytest.raises(loops.Uncounted, match="how often the loop"):
+        traffic.accessed(f.lower(jnp.ones(8)).compile().as_text())
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
+def test_a_decode_step_reads_each_weight_once(target):
+    if reason := parity.missing("tpu"):
+        pytest.skip(reason)
+    config = dataclasses.replace(Mamba2Config.mamba2_2_7b(), num_hidden_layers=2).to_dict()
+    kwargs = {"kind": "mamba2", "config": config, "work": "decode", "dtype": "bfloat16", "batch": 1}
+    [found] = parity.run([parity.Job("decode", target, "portable.parity.programs:model", kwargs)])
+    assert found.status == "compiled", found.verdict
+    print(f"{target}: {found.accessed_bytes / found.moved_bytes:.3f} of weights and two states")
+    assert found.accessed_bytes <= 1.1 * found.moved_bytes
