@@ -1,5 +1,6 @@
-"""How far an implementation's results are from the reference in float64, gradients included."""
+"""How far an implementation's results are from the reference in float64, gradients included; models too."""
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from portable import selection
 from portable.checks import Unavailable
@@ -16,6 +18,8 @@ from portable.parity import programs
 # What float32 sums of these sizes, and results rounded to bfloat16, leave; gradients are allowed 2.5 times as much.
 BARS = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-3, "float64": 1e-12}
 GRADIENTS = 2.5
+# Of a model's logits, states and gradients: errors of layers add up.
+MODEL_BARS = {"float32": 2e-5, "bfloat16": 6e-2}
 
 
 def relative(got: Any, want: Any) -> float:
@@ -52,6 +56,58 @@ def compare(
     if error > bar:
         return given | {"status": "failed", "message": f"the error, {error:.1e}, is above {bar:.0e}"}
     return given
+
+
+def compare_model(
+    *, kind: str, config: str, work: str, dtype: str, batch: int, length: int, layers: int, seed: int = 0
+) -> dict[str, Any]:
+    """Runs a model of published widths with few layers and random weights; returns the fields of a `jobs.Result`.
+
+    Args:
+      kind, config, dtype, batch: as for `programs.model`.
+      work: "prefill" (logits and state), "decode" (those of a step after a prefill) or "train" (loss and gradients).
+      length: tokens of a row.
+      layers: instead of the published number.
+      seed: of weights and tokens.
+    """
+    tokens = jax.random.randint(jax.random.key(seed), (batch, length), 0, 256)
+    with jax.default_matmul_precision("highest"):
+        model = _model(kind, config, layers, dtype, seed)
+        graphdef, weights = nnx.split(model)
+        got = jax.tree.leaves(jax.jit(functools.partial(_work, work, graphdef))(weights, tokens))
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]), selection.using("reference"):
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: _model(kind, config, layers, "float64", seed)))
+        wide = _wide(jax.tree.map(np.asarray, weights))
+        want = jax.tree.leaves(jax.jit(functools.partial(_work, work, graphdef))(wide, np.asarray(tokens)))
+    floats = [(g, w) for g, w in zip(got, want, strict=True) if jnp.issubdtype(w.dtype, jnp.floating)]
+    error = max(relative(g, w) for g, w in floats)
+    given = {"status": "ran", "error": error, "ulps": error / float(jnp.finfo(dtype).eps)}
+    if error > MODEL_BARS[dtype]:
+        return given | {"status": "failed", "message": f"the error, {error:.1e}, is above {MODEL_BARS[dtype]:.0e}"}
+    return given
+
+
+def _model(kind: str, config: str, layers: int, dtype: str, seed: int) -> nnx.Module:
+    from portable.models import MODELS
+
+    settings = dataclasses.replace(getattr(MODELS[kind].config, config)(), num_hidden_layers=layers)
+    options = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+    return MODELS[kind].model(settings, **options, rngs=nnx.Rngs(seed))
+
+
+def _work(work: str, graphdef: Any, weights: Any, tokens: jax.Array) -> Any:
+    if work == "train":
+
+        def loss(weights):
+            logits = nnx.merge(graphdef, weights)(tokens)
+            nats = -jax.nn.log_softmax(logits.astype(jnp.promote_types(jnp.float32, logits.dtype)))
+            return jnp.take_along_axis(nats[:, :-1], tokens[:, 1:, None], axis=-1).mean()
+
+        return jax.value_and_grad(loss)(weights)
+    model = nnx.merge(graphdef, weights)
+    lengths = jnp.full(tokens.shape[:1], tokens.shape[1])
+    logits, state = model.prefill(tokens, lengths, model.init_state(tokens.shape[0]))
+    return model.step(tokens[:, 0], state) if work == "decode" else (logits, state)
 
 
 def _wide(tree: Any) -> Any:

@@ -20,6 +20,9 @@ MODELS = (
 )
 # (work, rows, tokens of a row)
 WORK = (("prefill", 1, 2048), ("decode", 1, 1), ("decode", 64, 1), ("train", 4, 2048))
+# What a model's numbers are run on where it runs: published widths, and layers that the float64 definition bears.
+NUMBERS = (("prefill", 1, 96), ("decode", 1, 96), ("train", 1, 96))
+NUMBERS_LAYERS = 2
 # Models take minutes to compile for a target: these stand for their families.
 MODEL_TARGETS = ("tpu-v5e", "tpu-v6e", "tpu-7x", "cuda-sm80", "cuda-sm90")
 PARTS = ("value", "gradients")
@@ -51,7 +54,8 @@ def matrix(
     held = [m for m in MODELS if not kinds or m[0] in kinds or m[1] in kinds]
     places = [t for t in chosen if t in MODEL_TARGETS or (kinds and t not in ("cpu", "device"))]
     work = (("prefill", 1, 2048), ("decode", 1, 1)) if quick else WORK
-    return jobs + model_jobs(places, models=held[:1] if quick else held, work=work)
+    here = [t for t in chosen if t in ("cpu", "device")]
+    return jobs + number_jobs(here, models=held) + model_jobs(places, models=held[:1] if quick else held, work=work)
 
 
 def implementations(op: str, case: str, target: str) -> list[str]:
@@ -155,6 +159,24 @@ def model_jobs(
                 labels["dtype"] = dtype
                 name = f"{config}/{dtype}/{what} {case}"
                 jobs.append(Job(name, target, f"{_BUILD}:model", kwargs, 3600, task, labels))
+    return jobs
+
+
+def number_jobs(wanted: Iterable[str], *, models: Iterable[tuple[str, str, str]] = MODELS) -> list[Job]:
+    """Returns a job for the numbers of every piece of work of the smaller models, with few layers, where they run."""
+    jobs = []
+    for target in wanted:
+        for kind, config, dtype in models:
+            if config != MODELS[0][1]:
+                continue
+            for what, batch, length in NUMBERS:
+                kwargs = {"kind": kind, "config": config, "work": what, "dtype": dtype, "batch": batch}
+                kwargs |= {"length": length, "layers": NUMBERS_LAYERS}
+                case = f"{batch}x{length}, {NUMBERS_LAYERS} layers"
+                labels = {"kind": "model", "name": config, "case": case, "implementation": "xla", "part": what}
+                labels["dtype"] = dtype
+                name = f"{config}/{dtype}/{what} {case}"
+                jobs.append(Job(name, target, f"{_BUILD}:model", kwargs, 600, "run", labels))
     return jobs
 
 

@@ -45,6 +45,8 @@ def answer(target: str, task: str, build: str, kwargs: dict[str, Any], folder: s
     result: dict[str, Any] = {"memory_bytes": place.memory_bytes}
     try:
         if task in ("run", "interpret"):
+            if build.endswith(":model"):
+                return result | numbers.compare_model(**kwargs)
             return result | numbers.compare(interpret=task == "interpret", **kwargs)
         module, _, function = build.partition(":")
         program = getattr(importlib.import_module(module), function)(**kwargs)

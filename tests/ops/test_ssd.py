@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import portable
 from portable.ops import ssd, ssd_step
@@ -237,3 +239,14 @@ def test_nothing_comes_of_nothing(form, b, h, n):
     assert y.shape == (b, 5, h, 3)
     assert state.shape == (b, h, 3, n)
     assert not jnp.any(y)
+
+
+@pytest.mark.parametrize("form", ["xla_scan", "xla_chunks", "xla_lanes"])
+def test_heads_sharded_in_their_types(form):
+    args, kwargs = CASES["plain"]()
+    mesh = jax.make_mesh((1,), ("m",), (AxisType.Explicit,))
+    specs = [P(None, None, "m"), P(None, None, "m"), P("m"), P(), P()]
+    cut = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs, strict=True)]
+    y, _ = jax.jit(lambda *a: ssd(*a, **kwargs, implementation=form))(*cut)
+    assert jax.typeof(y).sharding.spec == P(None, None, "m", None)
+    assert relative(y, ssd(*args, **kwargs, implementation=form)[0]) <= 1e-6

@@ -70,6 +70,9 @@ def _pass(state, whole, added, dtype):
 
 def fwd(a, dt, x, k, q, state, boundaries, *, chunk_size):
     """See `scaled` for the contract and `chunk` for the shapes; e is r * p, a group's channels."""
+    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        # Under explicit sharding JAX splits and joins no axis that is cut.
+        return xla_chunks.IMPL.fwd(a, dt, x, k, q, state, boundaries, chunk_size=chunk_size or _BACKWARD_CHUNK)
     (b, t, h), (g, n) = dt.shape, k.shape[2:]
     r, p = h // g, x.shape[-1] // max(1, h)
     dtype, wide = x.dtype, jnp.promote_types(jnp.float32, x.dtype)
