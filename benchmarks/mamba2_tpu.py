@@ -13,6 +13,7 @@ and (ours) a decode step.
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import sys
@@ -35,6 +36,10 @@ def measure(targets: list[str], layers: int) -> dict[str, Any]:
     from portable import parity
     from portable.models.mamba2.config import Mamba2Config
 
+    if reason := parity.missing("tpu"):
+        raise SystemExit(reason)
+    if importlib.util.find_spec("mamba2_jax") is None:
+        raise SystemExit("the peer is not installed: pip install --no-deps mamba2-jax==1.1.2")
     config = dataclasses.replace(Mamba2Config.mamba2_2_7b(), num_hidden_layers=layers).to_dict()
     ours = {"kind": "mamba2", "config": config, "dtype": "bfloat16", "batch": 1, "length": LENGTH}
     model, peer = "portable.parity.programs:model", "mamba2_peers.estimated:mamba2_jax"
@@ -105,15 +110,21 @@ def rows(found: dict[str, Any]) -> list[report.Row]:
 
 def main() -> int:
     """Measures, or shows what was measured; returns 1 where a bar does not hold."""
+    from portable import files, parity
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"comma-separated (default {','.join(TARGETS)})")
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"of the model (default {LAYERS})")
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="results file")
     parser.add_argument("--show", action="store_true", help="print the table of an existing results file")
     args = parser.parse_args()
+    targets = args.targets.split(",")
+    if unknown := [t for t in targets if not t.startswith("tpu-") or t not in parity.TARGETS]:
+        parser.error(f"--targets must be TPUs; got {unknown[0]!r}")
+    if not (args.json if args.show else args.json.parent).exists():
+        parser.error(f"there is no {args.json if args.show else args.json.parent}")
     if not args.show:
-        text = json.dumps(measure(args.targets.split(","), args.layers), indent=1) + "\n"
-        args.json.write_text(text)
+        files.replace(args.json, json.dumps(measure(targets, args.layers), indent=1) + "\n")
     found = json.loads(args.json.read_text())
     table = rows(found)
     report.show(f"mamba2-2.7b, bfloat16, {found['layers']} layers, by libtpu {found['versions']['libtpu']}", table)

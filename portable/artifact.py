@@ -52,9 +52,13 @@ def export(
     >>> program.platforms
     ('cpu', 'cuda', 'tpu')
     """
+    if isinstance(platforms, str):
+        raise PortableError(f"export: platforms must be a sequence of names; got {platforms!r}.")
     if unknown := [p for p in platforms if p not in selection.PLATFORMS]:
         known = ", ".join(selection.PLATFORMS)
         raise PortableError(f"export: platforms must be of {known}; got {unknown[0]!r}.")
+    if capability is not None and (not isinstance(capability, int) or capability < 75):
+        raise PortableError(f"export: capability must be an integer of at least 75, as 90 for 9.0; got {capability!r}.")
     if not platforms:
         raise PortableError("export: name at least one platform; got none.")
     checks = [jax_export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]

@@ -1,6 +1,7 @@
 """Writing a file whole or not at all."""
 
 import os
+import threading
 from pathlib import Path
 
 
@@ -10,13 +11,14 @@ def replace(path: Path, content: str | bytes | bytearray) -> None:
     Raises:
       OSError: it cannot be written; what was there is unchanged, and nothing is left beside it.
     """
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: another may write the same file
+    # Of this thread: another may write the same file.
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with draft.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except OSError:
+    except BaseException:
         draft.unlink(missing_ok=True)
         raise

@@ -39,6 +39,11 @@ def test_what_goes_in_may_be_abstract():
 def test_mistakes_get_a_sentence(tmp_path):
     with pytest.raises(portable.PortableError, match="platforms must be of cpu, cuda, rocm, tpu; got 'gpu'"):
         portable.export(loss, ARGS[:1], platforms=["gpu"])
+    with pytest.raises(portable.PortableError, match="must be a sequence of names; got 'cuda'"):
+        portable.export(loss, ARGS[:1], platforms="cuda")
+    for wrong in ("90", 9.0, 5):
+        with pytest.raises(portable.PortableError, match=f"integer of at least 75, as 90 for 9.0; got {wrong!r}"):
+            portable.export(loss, ARGS[:1], platforms=["cuda"], capability=wrong)
     with pytest.raises(portable.PortableError, match="at least one platform; got none"):
         portable.export(loss, ARGS[:1], platforms=[])
     with pytest.raises(portable.PortableError, match=r"nowhere\.bin cannot be read: No such file"):

@@ -8,6 +8,7 @@ import pathlib
 from portable import files
 from portable.checks import PortableError
 
+_FIELDS = {"job", "target", "status", "labels", "fits", "verdict"}
 EXAMPLES = """examples:
   portable parity --quick                          # ops and the smallest model, without published sizes
   portable parity --op ssd --target tpu-v6e --target cuda-sm90
@@ -38,8 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--fail-on",
         choices=("failed", "worse", "never"),
         default="failed",
-        help="what gives exit code 1: a failed cell, or one that was green in --json and is not; `failed` unless given",
+        help="what gives exit code 1: a failed cell, or one that was green before and is not; `failed` unless given",
     )
+    parser.add_argument("--against", type=pathlib.Path, metavar="FILE", help="what was before; --json unless given")
     parser.add_argument("--cache", type=pathlib.Path, metavar="FOLDER", help="where results are kept between runs")
     parser.add_argument("--no-cache", action="store_true", help="compile everything again, keep nothing")
 
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
             raise PortableError(f"parity: {file} cannot be written; name a file in a folder that exists and is yours.")
     old = _read(args.json) if args.json is not None and args.json.exists() else None
+    before = old if args.against is None else _read(args.against)
     if args.show:
         if old is None:
             raise PortableError(
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         new = report.record(_compile(args))
         found = report.merged(old, new) if old else new
-        if args.json is not None:
+        if args.json is not None and not (args.fail_on == "worse" and before and report.worse(before, new)):
             _write(args.json, json.dumps(found, indent=1) + "\n")
     if args.html is not None:
         _write(args.html, page.page(found))
@@ -76,9 +79,11 @@ def run(args: argparse.Namespace) -> int:
         for status, sentence in report.problems(found if args.show else new):
             console.print(f"{status}: {sentence}", style=report.STYLES[status], markup=False, highlight=False)
     if args.fail_on == "worse":
-        worse = report.worse(old, new) if old else []
+        worse = report.worse(before, new) if before else []
         for sentence in worse:
             console.print(sentence, style="bold red", markup=False, highlight=False)
+        if worse and args.json is not None:
+            console.print(f"{args.json} is left as it was.", markup=False, highlight=False)
         return int(bool(worse))
     failed = any(r["status"] == "failed" for r in new["results"])
     return int(failed and args.fail_on == "failed")
@@ -120,8 +125,10 @@ def _compile(args: argparse.Namespace) -> list:
 def _read(file: pathlib.Path) -> dict:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if not all("labels" in row for row in found["results"]):
-            raise ValueError("rows without labels")
+        for name in ("made", "versions"):
+            found[name]
+        if not all(set(row) >= _FIELDS and row["labels"].get("kind") for row in found["results"]):
+            raise ValueError("rows that lack fields")
     except (OSError, ValueError, KeyError, TypeError) as fault:
         raise PortableError(
             f"parity: {file} does not hold results of `portable parity` ({fault}); move it away."

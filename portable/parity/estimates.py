@@ -34,11 +34,12 @@ def estimate(fn: Callable, *args: Any, target: str, timeout: float = 3600.0) -> 
     place = targets.find(target)
     if place.family not in ("tpu", "cuda"):
         raise ValueError(f"estimate: the target must be a TPU or a CUDA device; got {target!r}.")
-    exported = jax.export.export(
-        jax.jit(fn),
-        platforms=[place.family],
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")],
-    )(*args)
+    with targets.capability(place):
+        exported = jax.export.export(
+            jax.jit(fn),
+            platforms=[place.family],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")],
+        )(*args)
     work = roofline(place, fn, *args)
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "program"

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -105,10 +106,14 @@ class Result:
 
     @property
     def fraction(self) -> float | None:
-        """The part of the roofline's speed that the compiler's estimate reaches."""
+        """The part of the roofline's speed that is reached by the compiler's estimate, or by what memory allows.
+
+        Above 1 where the program uses a part of an argument only, which the roofline counts whole.
+        """
         if not self.estimated_seconds or self.roofline_seconds is None:
             return None
-        return self.roofline_seconds / self.estimated_seconds
+        bandwidth = targets.find(self.target).bandwidth or math.inf
+        return self.roofline_seconds / max(self.estimated_seconds, (self.accessed_bytes or 0) / bandwidth)
 
     @property
     def spare_bytes(self) -> int | None:
@@ -176,7 +181,7 @@ def run(
         job = jobs[i]
         if reason := reasons[families[job.target]]:
             done[i] = Result(job.name, job.target, "cannot", reason, labels=job.labels)
-        elif kept := store.get(_key(job)):
+        elif (kept := store.get(_key(job))) and set(kept) == set(Result.__dataclass_fields__):
             done[i] = Result(**kept)
         else:
             (alone if families[job.target] == "device" else todo).append(i)

@@ -27,7 +27,11 @@ def branches(line: Instruction) -> list[str]:
 
 
 def trips(computations: Computations, name: str, loop: Instruction) -> int:
-    """Returns how often a loop runs: from start to bound by the step of its counter."""
+    """Returns how often a loop runs: from its start to its bound, by ones.
+
+    Raises:
+      Uncounted: it may end for another reason, counts otherwise, or its bound is not in the program.
+    """
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     unknown = Uncounted(f"how often the loop {loop.name} runs")
@@ -51,8 +55,9 @@ def trips(computations: Computations, name: str, loop: Instruction) -> int:
     test = next((line for line in condition.values() if line.root), None)
     if test is not None and test.opcode == "fusion":
         inner = computations[called(test, "calls")]
-        compared = next((line for line in inner.values() if line.opcode == "compare"), None)
-        if compared is None:
+        root = next((line for line in inner.values() if line.root), None)
+        compared = None if root is None else _origin(inner, root.name)
+        if compared is None or compared.opcode != "compare":  # another condition may end the loop earlier
             raise unknown
         parameters = {
             line.name: test.operands[int(line.rest.partition(")")[0])]
@@ -75,20 +80,29 @@ def trips(computations: Computations, name: str, loop: Instruction) -> int:
     return max(0, bound - first)
 
 
-def _step(computations: Computations, body: dict, result: Instruction, index: int) -> int | None:
+def _step(computations: Computations, body: dict[str, Instruction], result: Instruction, index: int) -> int | None:
     """Returns by how much a loop's body raises its counter."""
-    line = _origin(body, result.operands[index])
-    inside = body
+    line, inside = _origin(body, result.operands[index]), body
+    passed: dict[str, str] = {}  # a fusion's parameters, by the operands they stand for
     if line.opcode == "fusion":
         inside = computations[called(line, "calls")]
-        line = next(x for x in inside.values() if x.root)
+        for inner in inside.values():
+            if inner.opcode == "parameter":
+                passed[inner.name] = line.operands[int(inner.rest.partition(")")[0])]
+        line = _origin(inside, next(x for x in inside.values() if x.root).name)
     if line.opcode != "add":
         return None
+    step, counts = None, False
     for operand in line.operands:
-        number = _origin(inside, operand)
-        if number.opcode == "constant" and (found := re.match(r"(-?\d+)\)", number.rest)):
-            return int(found[1])
-    return None
+        found = _origin(inside, operand)
+        if found.name in passed:
+            found = _origin(body, passed[found.name])
+        number = re.match(r"(-?\d+)\)", found.rest) if found.opcode == "constant" else None
+        if number:
+            step = int(number[1])
+        elif found.opcode == "get-tuple-element":
+            counts = _index(found) == index
+    return step if counts else None
 
 
 def _origin(inside: dict, name: str) -> Instruction:

@@ -23,7 +23,7 @@ MODEL_BARS = {"float32": 2e-5, "bfloat16": 6e-2}
 
 
 def relative(got: Any, want: Any) -> float:
-    """Returns max|got - want| / max|want| of two arrays; 0 for empty ones, infinite if `got` has a NaN of its own."""
+    """Returns max|got - want| / max|want| of two arrays; 0 for empty ones, infinite if a difference is NaN."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         raise ValueError(f"results must have the reference's shape {list(want.shape)}; got {list(got.shape)}.")

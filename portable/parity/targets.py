@@ -5,6 +5,7 @@ XLA's CUDA compiler for any GPU by a description of its limits. Both want the en
 `environment(family)` before jax is imported, which is why `portable.parity.run` compiles in child processes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.resources
@@ -169,6 +170,14 @@ def accelerator() -> str | None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     found = done.stdout.strip().rpartition("\n")[2]
     return {"gpu": "cuda", "cpu": None, "": None}.get(found, found)
+
+
+def capability(target: Target) -> contextlib.AbstractContextManager:
+    """Lowers Triton kernels for a target; their compiler otherwise asks the GPU of the process what it is."""
+    if target.family != "cuda":
+        return contextlib.nullcontext()
+    launch = importlib.import_module("portable.pallas_kernels.gpu._launch")
+    return launch.capability(int(target.topology.removeprefix("sm_")))
 
 
 def environment(family: str) -> dict[str, str]:

@@ -48,39 +48,43 @@ def _size(type: str) -> int:
     return sum(size for size, *_ in arrays(_ELSEWHERE.sub("", type)))
 
 
+def _here(inside: dict[str, Instruction], name: str) -> bool:
+    return name in inside and bool(_size(inside[name].type))
+
+
 def _moved(inside: dict[str, Instruction], line: Instruction) -> int:
-    """An asynchronous copy or slice; its type is (result, operand, ...) or ((operand), result, ...)."""
+    """An asynchronous copy or slice; its type is (result, operand, ...) or ((operands), result, ...)."""
     parts = re.findall(r"[a-z]+\d*\w*\[[\d,]+\](?:\{[^}]*\})?", line.type)
     if len(parts) < 2:
         return 0
-    target = parts[0] if line.opcode == "copy-start" else parts[1]
+    bare = re.sub(r"\{[^}]*\}", "", line.type)
+    operands = bare[2:].partition(")")[0].count("[") if bare.startswith("((") else 0
+    target = parts[min(operands, len(parts) - 1)]
     size = sum(size for size, *_ in arrays(target))
-    read = size if line.operands and _size(inside[line.operands[0]].type) else 0
-    return read + (size if _size(target) else 0)
+    return size * (_here(inside, line.operands[0]) + bool(_size(target)))
 
 
 def _each(inside: dict[str, Instruction], line: Instruction) -> int:
-    written = _size(line.type)
+    """An instruction that is no fusion: its operands and its result, of a slice the slice alone."""
     if line.opcode in _SLICES:
-        return 2 * written
+        size = sum(size for size, *_ in arrays(line.type))
+        return size * (_here(inside, line.operands[0]) + bool(_size(line.type)))
     if line.opcode == "dynamic-update-slice":
-        return 2 * _size(inside[line.operands[1]].type)
-    return written + sum(_size(inside[o].type) for o in line.operands if o in inside)
+        update = line.operands[1]
+        size = sum(size for size, *_ in arrays(inside[update].type))
+        return size * (_here(inside, update) + bool(_size(line.type)))
+    return _size(line.type) + sum(_size(inside[o].type) for o in line.operands if o in inside)
 
 
 def _fused(computations: Computations, inside: dict[str, Instruction], line: Instruction) -> int:
     body = computations[loops.called(line, "calls")]
-    users: dict[str, list[Instruction]] = {}
-    for inner in body.values():
-        for operand in inner.operands:
-            users.setdefault(operand, []).append(inner)
     total = _size(line.type)
     parameters = {int(x.rest.partition(")")[0]): x.name for x in body.values() if x.opcode == "parameter"}
     for number, operand in enumerate(line.operands):
         size = _size(inside[operand].type) if operand in inside else 0
         if not size or number not in parameters:
             continue
-        parts = _parts(body, users, parameters[number])
+        parts = _parts(computations, body, parameters[number])
         if parts is None:
             total += size
             continue
@@ -91,19 +95,27 @@ def _fused(computations: Computations, inside: dict[str, Instruction], line: Ins
     return max(total, 0)
 
 
-def _parts(body: dict[str, Instruction], users: dict[str, list[Instruction]], name: str) -> tuple[int, int] | None:
+def _parts(computations: Computations, body: dict[str, Instruction], name: str) -> tuple[int, int] | None:
     """Returns what is read of a fusion's operand in slices, and what is written over it; None if all is used."""
     read = replaced = 0
-    for user in users.get(name, []):
+    for user in body.values():
+        if name not in user.operands:
+            continue
+        inner: tuple[int, int] | None = None
         if user.opcode in _VIEWS:
-            inner = _parts(body, users, user.name)
-            if inner is None:
-                return None
-            read, replaced = read + inner[0], replaced + inner[1]
+            inner = _parts(computations, body, user.name)
+        elif user.opcode == "fusion":  # of a fusion
+            inside = computations[loops.called(user, "calls")]
+            number = user.operands.index(name)
+            parameter = next(
+                x.name for x in inside.values() if x.opcode == "parameter" and x.rest.startswith(f"{number})")
+            )
+            inner = _parts(computations, inside, parameter)
         elif user.opcode in _SLICES and user.operands[0] == name:
-            read += sum(size for size, *_ in arrays(user.type))
+            inner = sum(size for size, *_ in arrays(user.type)), 0
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            replaced += sum(size for size, *_ in arrays(body[user.operands[1]].type))
-        else:
+            inner = 0, sum(size for size, *_ in arrays(body[user.operands[1]].type))
+        if inner is None:
             return None
+        read, replaced = read + inner[0], replaced + inner[1]
     return read, replaced

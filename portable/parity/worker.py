@@ -1,6 +1,5 @@
 """The child process of `portable.parity.jobs`: builds and compiles one program after another."""
 
-import contextlib
 import hashlib
 import importlib
 import json
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 
 from portable.checks import Unavailable
-from portable.parity import cost, hlo, loops, numbers, programs, roofline, targets, traffic
+from portable.parity import cost, hlo, jobs, loops, numbers, programs, roofline, targets, traffic
 from portable.parity.store import Store, key
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -75,7 +74,7 @@ def compile_program(target: targets.Target, program: programs.Program, store: St
     """Compiles a program for a target; returns the fields of a `jobs.Result` that describe it."""
     store = store or Store(None)
     start = time.perf_counter()
-    with _capability(target):
+    with targets.capability(target):
         lowered = targets.lower_for(target, program.fn, *program.args, donate_argnums=program.donate)
     work = roofline.roofline(target, program.fn, *program.args)
     middle = time.perf_counter()
@@ -88,7 +87,8 @@ def compile_program(target: targets.Target, program: programs.Program, store: St
         "roofline_seconds": work.seconds,
     }
     name = key(lowered.as_text(), target.name, targets.description(target), target.memory_bytes, source_of_results())
-    if kept := store.get(name):
+    kept = store.get(name) or {}
+    if kept.get("status") in ("compiled", "does not fit") and set(kept) <= set(jobs.Result.__dataclass_fields__):
         return found | kept
     try:
         compiled = lowered.compile()
@@ -121,14 +121,6 @@ def compile_program(target: targets.Target, program: programs.Program, store: St
         given["uncounted"] = str(reason)
     store.put(name, given)
     return found | given
-
-
-def _capability(target: targets.Target) -> contextlib.AbstractContextManager:
-    """Triton's compiler otherwise asks the GPU of the process for its compute capability."""
-    if target.family != "cuda":
-        return contextlib.nullcontext()
-    launch = importlib.import_module("portable.pallas_kernels.gpu._launch")
-    return launch.capability(int(target.topology.removeprefix("sm_")))
 
 
 def source_of_results() -> str:

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import portable
 from portable.ops import ssd, ssd_step
@@ -230,23 +228,29 @@ def test_values_are_checked_in_compiled_code_on_demand():
     fine.throw()
 
 
-@pytest.mark.parametrize("form", ["xla_scan", "xla_chunks", "reference"])
-@pytest.mark.parametrize("b, h, n", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
-def test_nothing_comes_of_nothing(form, b, h, n):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("b, h, p, n", [(0, 4, 3, 8), (2, 0, 3, 8), (2, 4, 0, 8), (2, 4, 3, 0)])
+def test_nothing_comes_of_nothing(form, b, h, p, n):
     g = 2 if h else 1
-    args = (jnp.ones([b, 5, h, 3]), jnp.ones([b, 5, h]), -jnp.ones([h]), jnp.ones([b, 5, g, n]), jnp.ones([b, 5, g, n]))
+    args = (jnp.ones([b, 5, h, p]), jnp.ones([b, 5, h]), -jnp.ones([h]), jnp.ones([b, 5, g, n]), jnp.ones([b, 5, g, n]))
     y, state = ssd(*args, implementation=form)
-    assert y.shape == (b, 5, h, 3)
-    assert state.shape == (b, h, 3, n)
+    assert y.shape == (b, 5, h, p)
+    assert state.shape == (b, h, p, n)
     assert not jnp.any(y)
 
 
-@pytest.mark.parametrize("form", ["xla_scan", "xla_chunks", "xla_lanes"])
-def test_heads_sharded_in_their_types(form):
-    args, kwargs = CASES["plain"]()
-    mesh = jax.make_mesh((1,), ("m",), (AxisType.Explicit,))
-    specs = [P(None, None, "m"), P(None, None, "m"), P("m"), P(), P()]
-    cut = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs, strict=True)]
-    y, _ = jax.jit(lambda *a: ssd(*a, **kwargs, implementation=form))(*cut)
-    assert jax.typeof(y).sharding.spec == P(None, None, "m", None)
-    assert relative(y, ssd(*args, **kwargs, implementation=form)[0]) <= 1e-6
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wide", ["x", "dt", "A", "B", "initial_state"])
+def test_one_argument_in_float64_takes_all_there(form, wide):
+    args, _ = CASES["plain"]()
+    args = dict(zip(("x", "dt", "A", "B", "C"), args, strict=True))
+    args["initial_state"] = jnp.ones([2, 4, 16, 16])
+    with jax.enable_x64(True):
+        args[wide] = args[wide].astype(jnp.float64)
+        y, state = ssd(**args, chunk_size=4, implementation=form)  # 24 chunks: a loop in every form
+        assert (y.dtype, state.dtype) == (args["x"].dtype, jnp.float64)
+        want, want_state = definition(
+            *(args[n] for n in ["x", "dt", "A", "B", "C"]), initial_state=args["initial_state"]
+        )
+        assert relative(state, want_state) <= 1e-12
+        assert relative(y, want) <= (1e-12 if wide == "x" else 1e-7)

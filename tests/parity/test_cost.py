@@ -24,6 +24,7 @@ LOOP = """HloModule jit_f
   %next = s32[]{:T(128)} add(%j, %one)
   %x = f32[8]{0} get-tuple-element(%q), index=1
   %y = f32[8]{0} fusion(%x), kind=kLoop, calls=%f, metadata={op_name="mul"}, backend_config={"estimated_cycles":"100"}
+  %other = s32[]{:T(128)} constant(3)
   ROOT %out = (s32[], f32[8]) tuple(%next, %y)
 }
 
@@ -43,6 +44,32 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
+# The condition as a fusion, which a compiler may make of it: alone, and joined with another reason to stop.
+FUSED = LOOP.replace(
+    "  ROOT %lt = pred[] compare(%i, %bound), direction=LT",
+    "  ROOT %lt = pred[] fusion(%i, %bound), kind=kLoop, calls=%test",
+).replace(
+    "%body (q",
+    """%test (m: s32[], n: s32[]) -> pred[] {
+  %m = s32[]{:T(128)} parameter(0)
+  %n = s32[]{:T(128)} parameter(1)
+  ROOT %less = pred[] compare(%m, %n), direction=LT
+}
+
+%body (q""",
+)
+EARLIER = FUSED.replace(
+    "  ROOT %less = pred[] compare(%m, %n), direction=LT",
+    "  %less = pred[] compare(%m, %n), direction=LT\n  ROOT %both = pred[] and(%less, %less)",
+)
+
+
+def test_a_fused_condition():
+    assert cost.cycles(FUSED) == cost.cycles(LOOP)
+    with pytest.raises(cost.Uncounted, match="how often the loop w runs"):
+        cost.cycles(EARLIER)
+
+
 def test_a_loop_counts_as_often_as_it_runs():
     assert cost.cycles(LOOP) == 7 + 24 * 100
     assert cost.breakdown(LOOP) == {"mul": 2407}
@@ -56,6 +83,7 @@ def test_a_loop_counts_as_often_as_it_runs():
     "old, new",
     [
         ("direction=LT", "direction=NE"),
+        ("%next = s32[]{:T(128)} add(%j, %one)", "%next = s32[]{:T(128)} add(%other, %one)"),
         ("%bound = s32[]{:T(128)} constant(24)", "%bound = s32[]{:T(128)} copy(%i)"),
         ("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)"),
         ("%next = s32[]{:T(128)} add(%j, %one)", "%next = s32[]{:T(128)} multiply(%j, %one)"),
@@ -133,3 +161,17 @@ def test_estimate_of_a_function():
     assert found.status == "compiled"
     assert 0.2 < found.fraction <= 1.5
     assert found.roofline_seconds == pytest.approx(2 * 2048**3 / 197e12)
+
+
+@pytest.mark.aot
+def test_estimate_of_a_triton_kernel():
+    if reason := parity.missing("cuda"):
+        pytest.skip(reason)
+    for package in ("triton", "jax_triton"):
+        pytest.importorskip(package, reason="pip install 'portable-jax[aot]'")
+    args, kwargs = programs.cases("ssd")["heads_of_64_bfloat16"](0)
+    kernel = parity.estimate(
+        lambda *a: portable.ops.ssd(*a, **kwargs, implementation="triton"), *args, target="cuda-sm90"
+    )
+    assert kernel.status == "compiled", kernel.verdict
+    assert any("triton" in name for name in kernel.custom_calls)

@@ -159,8 +159,13 @@ def test_a_second_run_compiles_nothing(tmp_path, monkeypatch):
     jobs = plan.op_jobs(["cpu"], ops=["rms_norm"])[:1]
     first = parity.run(jobs, store=store.Store(tmp_path))
     assert first[0].status == "ran"
-    monkeypatch.setattr(parity.jobs._Worker, "run", None)
-    assert parity.run(jobs, store=store.Store(tmp_path)) == first
+    with monkeypatch.context() as context:
+        context.setattr(parity.jobs._Worker, "run", None)
+        assert parity.run(jobs, store=store.Store(tmp_path)) == first
+    for file in tmp_path.glob("*.json"):  # of another program, or another version of this one
+        file.write_text('{"job": "x", "other": 1, "status": "compiled"}')
+    [again] = parity.run(jobs, store=store.Store(tmp_path))
+    assert (again.status, again.error) == ("ran", first[0].error)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +182,10 @@ def test_a_second_run_compiles_nothing(tmp_path, monkeypatch):
 )
 def test_mistakes(asked, sentence, tmp_path, capsys):
     bad = tmp_path / "bad.json"
-    bad.write_text('{"results": [{"job": 1}]}')
-    assert cli.main(["parity", *[str(bad) if a == "BAD" else a for a in asked]]) == 2
-    assert sentence in " ".join(capsys.readouterr().err.split())
+    for wrong in ('{"results": [{"job": 1}]}', '{"results": [{"labels": {}}]}', '{"results": []}'):
+        bad.write_text(wrong)
+        assert cli.main(["parity", *[str(bad) if a == "BAD" else a for a in asked]]) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_command_runs_writes_and_shows(tmp_path, capsys, monkeypatch):
@@ -201,6 +207,18 @@ def test_command_runs_writes_and_shows(tmp_path, capsys, monkeypatch):
     file.write_text(json.dumps(bad))
     assert cli.main(["parity", "--show", "--json", str(file)]) == 1
     assert cli.main([*asked, "--fail-on", "worse"]) == 0
+    kept = json.loads(file.read_text())
+    monkeypatch.setattr(parity.jobs, "run", lambda jobs, **_: [result(j.name, j.target, "failed") for j in jobs])
+    for _ in range(2):  # the file stays, so that a second run finds the same
+        monkeypatch.setattr(
+            report, "record", lambda results: {**kept, "results": [{**r, "status": "failed"} for r in kept["results"]]}
+        )
+        assert cli.main([*asked, "--fail-on", "worse"]) == 1
+        assert "is left as it was" in capsys.readouterr().out
+        assert json.loads(file.read_text()) == kept
+    other = tmp_path / "other.json"
+    assert cli.main([*asked[:-1], str(other), "--against", str(file), "--fail-on", "worse"]) == 1
+    assert not other.exists()
 
 
 def test_on_a_machine_with_an_accelerator_the_numbers_run_there(monkeypatch):

@@ -50,6 +50,47 @@ def test_arrays_count_where_they_lie_in_memory():
     assert traffic.accessed(in_memory) == 3 * row + 3 * matrix + 2 * half + y + y + y
 
 
+@pytest.mark.parametrize(
+    "line, moved",
+    [
+        ("f32[4,64]{1,0:T(8,128)S(1)} dynamic-slice(%far, %n, %n)", 1024),
+        ("f32[4,64]{1,0:T(8,128)} dynamic-slice(%near, %n, %n)", 1024),
+        ("f32[4,64]{1,0:T(8,128)} slice(%far)", 2048),
+        ("f32[8,64]{1,0:T(8,128)} dynamic-update-slice(%far, %near_row, %n, %n)", 256),
+        ("f32[8,64]{1,0:T(8,128)S(1)} dynamic-update-slice(%near, %far_row, %n, %n)", 256),
+        ("f32[8,64]{1,0:T(8,128)} dynamic-update-slice(%far, %far_row, %n, %n)", 512),
+        ("((f32[8,64]{1,0:T(8,128)}, f32[1,64]{1,0}), f32[8,64]{1,0:T(8,128)S(1)}, u32[]) async-start(%far, %far_row)", 2048),
+    ],
+)  # fmt: skip
+def test_slices_outside_fusions(line, moved):
+    program = f"""HloModule m
+
+ENTRY %main (n: s32[]) -> f32[8] {{
+  %n = s32[]{{:T(128)S(6)}} parameter(0)
+  %far = f32[8,64]{{1,0:T(8,128)}} parameter(1)
+  %near = f32[8,64]{{1,0:T(8,128)S(1)}} parameter(2)
+  %far_row = f32[1,64]{{1,0:T(1,128)}} parameter(3)
+  %near_row = f32[1,64]{{1,0:T(1,128)S(1)}} parameter(4)
+  ROOT %r = {line}
+}}
+"""
+    assert traffic.accessed(program) == moved
+
+
+def test_a_slice_in_a_fusion_in_a_fusion():
+    nested = PROGRAM.replace(
+        "ENTRY %main",
+        """%outer (shelf: bf16[1000,64], i: s32[]) -> bf16[1,64] {
+  %shelf = bf16[1000,64]{1,0} parameter(0)
+  %place = s32[] parameter(1)
+  ROOT %taken = bf16[1,64]{1,0} fusion(%shelf, %place), kind=kLoop, calls=%row
+}
+
+ENTRY %main""",
+    ).replace("fusion(%w, %n), kind=kLoop, calls=%row", "fusion(%w, %n), kind=kLoop, calls=%outer")
+    assert traffic.accessed(nested) == traffic.accessed(PROGRAM)
+
+
 def test_a_loop_moves_as_often_as_it_runs():
     def f(x):
         return jax.lax.scan(lambda c, _: (jnp.sort(c * 2), None), x, None, length=5)[0]

@@ -1,7 +1,8 @@
-"""One 16-bit row times a matrix by the units for matrices, which XLA does not use for a single row of its own accord.
+"""One bfloat16 row times a matrix by the units for matrices, which XLA does not use for a single row of its own accord.
 
 XLA:CPU takes a single row element by element, at a tenth of the speed; a TPU's compiler takes it on the vector units,
-which do not keep up with the memory. Two rows are a matrix product; the second is dropped.
+which do not keep up with the memory. Two rows are a matrix product; the second is dropped. Under `vmap` every row is
+one of its own, and each is taken twice.
 """
 
 import math

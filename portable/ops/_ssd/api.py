@@ -53,7 +53,8 @@ def ssd(
         for zeros.
       segment_ids: [b, t] integers; where they change, the state starts from zero (packed documents).
       chunk_size: positions in a chunk; None takes the form's own default. The result does not depend on it.
-      implementation: "reference", "xla" (the platform's form), "xla_scan", "xla_chunks", or a kernel's name.
+      implementation: "reference", "xla" (the platform's form), "xla_scan", "xla_chunks", "xla_lanes" or a kernel's
+        name.
 
     Returns:
       y [b, t, h, p] in the dtype of x, and the state after the last position [b, h, p, n] in float32.
@@ -77,7 +78,7 @@ def ssd(
     )
     y, state = selection.call("ssd", implementation, arrays, options)
     b, _, h, p = x.shape
-    return add_skip(y.reshape(x.shape), x, D), state.reshape(b, h, p, B.shape[-1])
+    return add_skip(y.astype(x.dtype).reshape(x.shape), x, D), state.reshape(b, h, p, B.shape[-1])
 
 
 def prepare(x, dt, A, B, C, *, D=None, initial_state=None, segment_ids=None, chunk_size=None):
@@ -100,7 +101,10 @@ def prepare(x, dt, A, B, C, *, D=None, initial_state=None, segment_ids=None, chu
         lambda a: ~(a > 0), "ssd: A must not be positive (a decay rate, -exp(A_log)); got a positive entry.", A
     )
     check_values(lambda d: ~(d < 0), "ssd: dt must be >= 0 (apply softplus first); got a negative entry.", dt)
-    wide = accumulator(x, dt)
+    wide = accumulator(x, dt, A, B, C, initial_state)
+    if wide == jnp.float64:  # one argument in float64 takes all there
+        x, B, C = (z.astype(wide) for z in (x, B, C))
+        initial_state = None if initial_state is None else initial_state.astype(wide)
     dt = dt.astype(wide)
     arrays = (dt * A.astype(wide), dt, flat(x), B, C, initial_state, segment_counts(segment_ids))
     return vary_together(*arrays), {"chunk_size": chunk_size}

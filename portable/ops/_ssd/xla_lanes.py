@@ -11,8 +11,10 @@ then transposed in memory on the way in and out. Here x and y keep all heads' ch
   for less than the vector unit takes to repeat lanes;
 - states are [n, h * p], and their products with k and q are plain ones over all heads.
 
-Barriers stand where the compiler would otherwise compute a long chain again in each of its uses. What each choice is
-worth is the estimate of the TPU's compiler (`portable bench ssd --impl xla_lanes,xla_chunks --estimate tpu-v6e`).
+Step sizes enter as logs, added to those of the decays; where they are tiny that costs digits, about |log dt| times the
+rounding of float32. Barriers stand where the compiler would otherwise compute a long chain again in each of its uses.
+What each choice is worth is the estimate of the TPU's compiler (`portable bench ssd --impl xla_lanes,xla_chunks
+--estimate tpu-v6e`).
 """
 
 import math
@@ -35,7 +37,8 @@ _UNROLLED, _FUSED = 16, 4
 def _spread(z, p: int, dtype):
     """Repeats each of z [b, c, h, q] over p channels, as [b, c, q, h * p] in float32 (or z's dtype, if wider).
 
-    Rounded to `dtype` where that has 16 bits, which is what the products with it round to anyway; else exact.
+    Rounded to `dtype` where that has 16 bits, as the operands of the products are; else exact. A NaN spreads to all
+    heads of its position.
     """
     ones = jnp.repeat(jnp.eye(z.shape[2], dtype=dtype), p, axis=1)
     exact = jax.lax.Precision.HIGHEST if ones.dtype.itemsize > 2 else None
@@ -70,11 +73,10 @@ def _pass(state, whole, added, dtype):
 
 def fwd(a, dt, x, k, q, state, boundaries, *, chunk_size):
     """See `scaled` for the contract and `chunk` for the shapes; e is r * p, a group's channels."""
-    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
-        # Under explicit sharding JAX splits and joins no axis that is cut.
-        return xla_chunks.IMPL.fwd(a, dt, x, k, q, state, boundaries, chunk_size=chunk_size or _BACKWARD_CHUNK)
+    if not x.size:  # tiles of nothing
+        return xla_chunks.IMPL.fwd(a, dt, x, k, q, state, boundaries, chunk_size=chunk_size)
     (b, t, h), (g, n) = dt.shape, k.shape[2:]
-    r, p = h // g, x.shape[-1] // max(1, h)
+    r, p = h // g, x.shape[-1] // h
     dtype, wide = x.dtype, jnp.promote_types(jnp.float32, x.dtype)
     size = max(1, min(t, chunk_size or DEFAULT_CHUNK))
     c = chunk.split(size, a, k, x.reshape(b, t, h, p), q, boundaries)  # its v is not used here
