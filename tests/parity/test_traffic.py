@@ -59,7 +59,7 @@ def test_arrays_count_where_they_lie_in_memory():
         ("f32[8,64]{1,0:T(8,128)} dynamic-update-slice(%far, %near_row, %n, %n)", 256),
         ("f32[8,64]{1,0:T(8,128)S(1)} dynamic-update-slice(%near, %far_row, %n, %n)", 256),
         ("f32[8,64]{1,0:T(8,128)} dynamic-update-slice(%far, %far_row, %n, %n)", 512),
-        ("((f32[8,64]{1,0:T(8,128)}, f32[1,64]{1,0}), f32[8,64]{1,0:T(8,128)S(1)}, u32[]) async-start(%far, %far_row)", 2048),
+        ("((f32[8,64]{1,0:T(8,128)}, f32[1,64]{1,0}), f32[8,64]{1,0:S(1)}, u32[]) async-start(%far, %far_row)", 2048),
     ],
 )  # fmt: skip
 def test_slices_outside_fusions(line, moved):
