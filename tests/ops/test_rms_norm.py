@@ -8,7 +8,7 @@ from portable.ops import rms_norm
 from portable.ops._rms_norm.cases import CASES
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in ("bfloat16", "empty")])
+@pytest.mark.parametrize("case", [c for c in CASES if c != "empty" and not c.startswith("bfloat16")])
 def test_equals_the_formula(case):
     (x, scale), kwargs = CASES[case]()
     y, gate = np.asarray(x, np.float64), kwargs.get("gate")
