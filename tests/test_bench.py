@@ -81,6 +81,7 @@ def test_table_for_people(capsys):
         (["ssdd"], "no op or model called 'ssdd'"),
         (["ssd", "--case", "nothing"], "no case called 'nothing'; there are: plain"),
         (["ssd", "--implementation", "fast"], "no implementation called 'fast'"),
+        (["ssd", "--impl", "fast", "--estimate", "tpu-v6e"], "no implementation called 'fast'"),
         (["ssd", "--samples", "0"], "--samples must be at least 1; got 0"),
         (["mamba2", "--size", "9b"], "no published size '9b'; there are: 130m, 370m"),
         (["ssd", "--size", "130m"], "--size belongs to a model"),

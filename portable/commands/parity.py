@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
             raise PortableError(f"parity: {file} cannot be written; name a file in a folder that exists and is yours.")
     old = _read(args.json) if args.json is not None and args.json.exists() else None
+    if args.against is not None and not args.against.exists():
+        raise PortableError(f"parity: --against needs results to compare with; there are none at {args.against}.")
     before = old if args.against is None else _read(args.against)
     if args.show:
         if old is None:

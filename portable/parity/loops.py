@@ -57,7 +57,7 @@ def trips(computations: Computations, name: str, loop: Instruction) -> int:
         inner = computations[called(test, "calls")]
         root = next((line for line in inner.values() if line.root), None)
         compared = None if root is None else _origin(inner, root.name)
-        if compared is None or compared.opcode != "compare":  # another condition may end the loop earlier
+        if compared is None:
             raise unknown
         parameters = {
             line.name: test.operands[int(line.rest.partition(")")[0])]

@@ -176,6 +176,7 @@ def test_a_second_run_compiles_nothing(tmp_path, monkeypatch):
         (["--model", "gpt"], "there is no model called 'gpt'; there are: mamba2"),
         (["--show"], "--show needs results"),
         (["--show", "--json", "BAD"], "does not hold results of `portable parity`"),
+        (["--against", "no.json"], "--against needs results to compare with; there are none at no.json"),
         (["--op", "ssd", "--processes", "0"], "--processes must be at least 1; got 0"),
         (["--op", "ssd", "--json", "no/such/folder.json"], "no/such/folder.json cannot be written; name a file"),
     ],

@@ -32,6 +32,8 @@ def cases(op: str, wanted: Sequence[str], *, quick: bool) -> dict[str, Callable]
 
 def names(op: str, wanted: Sequence[str]) -> list[str]:
     """Returns the implementations to time: those wanted, else all XLA forms and this platform's kernels."""
+    for name in wanted:
+        selection.choose(op, name)  # raises where there is no such name
     if wanted:
         return list(wanted)
     homes = selection.KERNEL_HOMES

@@ -35,7 +35,7 @@ _UNROLLED, _FUSED = 16, 4
 
 
 def _spread(z, p: int, dtype):
-    """Repeats each of z [b, c, h, q] over p channels, as [b, c, q, h * p] in float32 (or z's dtype, if wider).
+    """Repeats each of z [b, c, h, q] over p channels, as [b, c * q, h * p] in float32 (float64 in float64).
 
     Rounded to `dtype` where that has 16 bits, as the operands of the products are; else exact. A NaN spreads to all
     heads of its position.
