@@ -31,8 +31,8 @@ PREFILL_BAR, DECODE_BAR = 0.6, 1.1
 PUBLISHED = {"tpu-v6e": (140.0, 0.64)}
 
 
-def measure(targets: list[str], layers: int) -> dict[str, Any]:
-    """Compiles every program for every target; returns what the results file holds."""
+def measure(targets: list[str], layers: int, only: list[str]) -> dict[str, Any]:
+    """Compiles every program (or `only` some) for every target; returns what the results file holds."""
     from portable import parity
     from portable.models.mamba2.config import Mamba2Config
 
@@ -49,6 +49,7 @@ def measure(targets: list[str], layers: int) -> dict[str, Any]:
         AS_SHIPPED: (peer, {"layers": layers, "length": LENGTH, "last": False}),
         LAST_ONLY: (peer, {"layers": layers, "length": LENGTH, "last": True}),
     }
+    programs = {name: program for name, program in programs.items() if name in (only or programs)}
     jobs = [parity.Job(n, t, build, kwargs, 1800.0) for t in targets for n, (build, kwargs) in programs.items()]
 
     def told(result: parity.Result) -> None:
@@ -114,6 +115,7 @@ def main() -> int:
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"comma-separated (default {','.join(TARGETS)})")
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"of the model (default {LAYERS})")
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="results file")
+    parser.add_argument("--only", action="append", default=[], choices=("prefill", "decode"), help="renew these alone")
     parser.add_argument("--show", action="store_true", help="print the table of an existing results file")
     parser.add_argument("--markdown", action="store_true", help="with --show: the table in Markdown")
     args = parser.parse_args()
@@ -123,7 +125,14 @@ def main() -> int:
     if not (args.json if args.show else args.json.parent).exists():
         parser.error(f"there is no {args.json if args.show else args.json.parent}")
     if not args.show:
-        files.replace(args.json, json.dumps(measure(targets, args.layers), indent=1) + "\n")
+        found = measure(targets, args.layers, args.only)
+        if args.only:  # the others' results are kept
+            old = json.loads(args.json.read_text())
+            if old | {"results": []} != found | {"results": []}:
+                parser.error(f"{args.json} was made with other versions or layers; renew it whole")
+            rows_by = {(r["target"], r["job"]): r for r in [*old["results"], *found["results"]]}
+            found["results"] = list(rows_by.values())
+        files.replace(args.json, json.dumps(found, indent=1) + "\n")
     found = json.loads(args.json.read_text())
     table = rows(found)
     if args.markdown:

@@ -97,6 +97,8 @@ def _fused(computations: Computations, inside: dict[str, Instruction], line: Ins
 
 def _parts(computations: Computations, body: dict[str, Instruction], name: str) -> tuple[int, int] | None:
     """Returns what is read of a fusion's operand in slices, and what is written over it; None if all is used."""
+    if body[name].root:  # all of it goes on
+        return None
     read = replaced = 0
     for user in body.values():
         if name not in user.operands:

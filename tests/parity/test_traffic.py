@@ -91,6 +91,30 @@ ENTRY %main""",
     assert traffic.accessed(nested) == traffic.accessed(PROGRAM)
 
 
+def test_a_weight_that_a_nested_fusion_only_converts_is_read_whole():
+    program = """HloModule m
+
+%widened (w: bf16[1000,64]) -> f32[1000,64] {
+  %w = bf16[1000,64]{1,0} parameter(0)
+  ROOT %wide = f32[1000,64]{1,0} convert(%w)
+}
+
+%product (x: f32[1,64], v: bf16[1000,64]) -> f32[1,1000] {
+  %x = f32[1,64]{1,0} parameter(0)
+  %v = bf16[1000,64]{1,0} parameter(1)
+  %inner = f32[1000,64]{1,0} fusion(%v), kind=kLoop, calls=%widened
+  ROOT %y = f32[1,1000]{1,0} convolution(%x, %inner), dim_labels=bf_oi->bf
+}
+
+ENTRY %main (a: f32[1,64], b: bf16[1000,64]) -> f32[1,1000] {
+  %a = f32[1,64]{1,0:T(1,128)S(1)} parameter(0)
+  %b = bf16[1000,64]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %r = f32[1,1000]{1,0:T(1,128)} fusion(%a, %b), kind=kOutput, calls=%product
+}
+"""
+    assert traffic.accessed(program) == 1000 * 64 * 2 + 1000 * 4
+
+
 def test_a_loop_moves_as_often_as_it_runs():
     def f(x):
         return jax.lax.scan(lambda c, _: (jnp.sort(c * 2), None), x, None, length=5)[0]
@@ -119,4 +143,5 @@ def test_a_decode_step_reads_each_weight_once(target):
     [found] = parity.run([parity.Job("decode", target, "portable.parity.programs:model", kwargs)])
     assert found.status == "compiled", found.verdict
     print(f"{target}: {found.accessed_bytes / found.moved_bytes:.3f} of weights and two states")
-    assert found.accessed_bytes <= 1.1 * found.moved_bytes
+    # All but the row of the embedding, which the head reads whole, and no more than prefetches that came too soon.
+    assert found.moved_bytes <= found.accessed_bytes <= 1.1 * found.moved_bytes
