@@ -9,7 +9,8 @@ then transposed in memory on the way in and out. Here x and y keep all heads' ch
   less wide than a tile;
 - what scales a head, [.., h], is spread over its channels by a product with zeros and ones, which the matrix unit does
   for less than the vector unit takes to repeat lanes;
-- states are [n, h * p], and their products with k and q are plain ones over all heads.
+- states are [n, h * p], and their products with k and q are plain ones over all heads, taken chunk by chunk in the
+  walk that passes the states on: stacked for one product over all chunks, they cost more than that product.
 
 Step sizes enter as logs, added to those of the decays; where they are tiny that costs digits, about |log dt| times the
 rounding of float32. Barriers stand where the compiler would otherwise compute a long chain again in each of its uses.
@@ -30,45 +31,40 @@ DEFAULT_CHUNK = 128
 # For the backward, which is that of `xla_chunks`.
 _BACKWARD_CHUNK = 256
 _LANES, _SUBLANES = 128, 8
-# So many chunks' states are passed without a loop, and so many by one kernel.
-_UNROLLED, _FUSED = 16, 4
+# So many chunks are walked without a loop.
+_UNROLLED = 16
 
 
 def _spread(z, p: int, dtype):
-    """Repeats each of z [b, c, h, q] over p channels, as [b, c * q, h * p] in float32 (float64 in float64).
+    """Repeats each of z [b, h, q] over p channels, as [b, q, h * p] in float32 (float64 in float64).
 
     Rounded to `dtype` where that has 16 bits, as the operands of the products are; else exact. A NaN spreads to all
     heads of its position.
     """
-    ones = jnp.repeat(jnp.eye(z.shape[2], dtype=dtype), p, axis=1)
+    ones = jnp.repeat(jnp.eye(z.shape[1], dtype=dtype), p, axis=1)
     exact = jax.lax.Precision.HIGHEST if ones.dtype.itemsize > 2 else None
     wide = jnp.promote_types(jnp.float32, dtype)
-    y = jnp.einsum("bchq,he->bcqe", z.astype(dtype), ones, precision=exact, preferred_element_type=wide)
-    return y.reshape(z.shape[0], -1, z.shape[2] * p)
+    return jnp.einsum("bhq,he->bqe", z.astype(dtype), ones, precision=exact, preferred_element_type=wide)
 
 
-def _pass(state, whole, added, dtype):
-    """Returns the state at the end, and those before each chunk in `dtype`: s_{c+1} = whole_c s_c + added_c.
+def _walk(step, state, chunks):
+    """Returns the last state and what `step` made of each chunk, one after the other in axis 1.
 
-    state [b, g, n, e]; whole [b, c, g, e]; added [b, c, g, n, e].
+    Args:
+      step: (state, a chunk of each array) -> (state, [b, q, e]).
+      state: before the first chunk.
+      chunks: arrays [b, c, ..].
     """
-    chunks = added.shape[1]
-    if chunks > _UNROLLED:
-
-        def body(s, now):
-            whole, added = now
-            return s * whole[..., None, :] + added, s.astype(dtype)
-
-        leading = (jnp.moveaxis(whole, 1, 0), jnp.moveaxis(added, 1, 0))
-        state, before = jax.lax.scan(body, state, leading, unroll=2 * _FUSED)
-        return state, jnp.moveaxis(before, 0, 1)
-    before = []
-    for i in range(chunks):
-        before.append(state.astype(dtype))
-        state = state * whole[:, i, :, None] + added[:, i]
-        if i % _FUSED == _FUSED - 1:
-            state = jax.lax.optimization_barrier(state)
-    return state, jnp.stack(before, 1)
+    count = chunks[0].shape[1]
+    if count > _UNROLLED:
+        state, y = jax.lax.scan(step, state, tuple(jnp.moveaxis(z, 1, 0) for z in chunks))
+        return state, jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, y.shape[-1])
+    made = []
+    for i in range(count):
+        state, y = step(state, tuple(z[:, i] for z in chunks))
+        state = jax.lax.optimization_barrier(state)  # or a chain of steps is computed again in each of its uses
+        made.append(y)
+    return state, jnp.concatenate(made, axis=1)
 
 
 def fwd(a, dt, x, k, q, state, boundaries, *, chunk_size):
@@ -88,9 +84,6 @@ def fwd(a, dt, x, k, q, state, boundaries, *, chunk_size):
     logs = logs.reshape(b, chunks, size, g, r).transpose(0, 1, 3, 4, 2)
     d = chunk.decay(c, weight=logs)
 
-    def heads(z):  # [b, c, g, r, q] -> [b, c, h, q]
-        return z.reshape(b, chunks, h, size)
-
     # Heads share a tile of lanes while their number divides the group's.
     share = next(i for i in range(max(1, _LANES // p), 0, -1) if r % i == 0)
     tiles, lanes = r // share, share * p
@@ -98,17 +91,22 @@ def fwd(a, dt, x, k, q, state, boundaries, *, chunk_size):
     weights = (scores[:, :, :, None] * d.within).astype(dtype).reshape(b, chunks, g, tiles, share, size, size)
     rows = math.gcd(size, _SUBLANES)  # whole tiles are moved where a chunk holds whole tiles
     tiled = x.reshape(b, length // rows, rows, g * tiles, lanes).transpose(0, 3, 1, 2, 4)
-    tiled = tiled.reshape(b, g, tiles, chunks, 1, size, lanes)
+    # As a fusion of its own, for the barrier, moving the tiles costs less than as a bare copy.
+    tiled = jax.lax.optimization_barrier(tiled).reshape(b, g, tiles, chunks, 1, size, lanes)
     diagonal = (jnp.arange(lanes) // p == jnp.arange(share)[:, None]).astype(dtype)
     own = chunk.dot("bcgwjqs,bgwcjsl->bgwcql", weights, tiled * diagonal[:, None], dtype)
     own = own.reshape(b, g * tiles, length // rows, rows, lanes).transpose(0, 2, 3, 1, 4).reshape(b, length, h * p)
 
-    v = (x * _spread(heads(d.out), p, dtype)).astype(dtype)
-    v = jnp.moveaxis(v.reshape(b, chunks, size, g, r * p), 3, 2)
-    added = chunk.dot("bcgsn,bcgse->bcgne", c.k, v, dtype)
-    final, before = _pass(start, jnp.repeat(d.whole, p, -1), added, dtype)
-    through = chunk.dot("bcgqn,bcgne->bcqge", c.q, before, dtype).reshape(b, length, h * p)
-    through = jax.lax.optimization_barrier(through * _spread(heads(d.into), p, dtype))
+    def step(state, now):
+        x, k, q, out, into, whole = now
+        through = chunk.dot("bgqn,bgne->bqge", q, state.astype(dtype), dtype).reshape(b, size, h * p)
+        v = (x * _spread(out, p, dtype)).astype(dtype).reshape(b, size, g, r * p)
+        added = chunk.dot("bsgn,bsge->bgne", k, v, dtype)
+        return state * whole[..., None, :] + added, through * _spread(into, p, dtype)
+
+    out, into = (z.reshape(b, chunks, h, size) for z in (d.out, d.into))
+    by_chunk = (x.reshape(b, chunks, size, h * p), jnp.moveaxis(c.k, 2, 3), c.q, out, into, jnp.repeat(d.whole, p, -1))
+    final, through = _walk(step, start, by_chunk)
     y = (own + through).astype(dtype)[:, :t]
     return y, final.reshape(b, g, n, r, p).transpose(0, 1, 3, 4, 2).reshape(b, h, p, n)
 
