@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from flax import nnx
 from portable import checkpoint, nn
 from portable.checkpoint import WeightMap
 from portable.checks import CheckpointError, ConfigError
-from portable.models import mamba2
+from portable.models import mamba2, nat
 
 
 class Family(NamedTuple):
@@ -22,18 +22,25 @@ class Family(NamedTuple):
     Attributes:
       config: dataclass with `from_dict`, `to_dict(format)` and `formats`, the formats that can hold it.
       model: module built by `model(config, dtype=, param_dtype=, rngs=)`, which keeps `config`.
-      weight_map: the rules for a format.
+      weight_map: (format, config) -> the rules.
+      format_of: tensors' names -> the format they are in, where a file is read.
     """
 
     config: Any
     model: Any
-    weight_map: Callable[..., WeightMap]
+    weight_map: Callable[[str, Any], WeightMap]
+    format_of: Callable[[Iterable[str]], str] = lambda tensors: "transformers"
 
 
 # A small byte-level Mamba-2 that comes with the package, trained by scripts/train_default.py.
 EMBEDDED = Path(__file__).parent.parent / "assets" / "default"
 # By the model_type of config.json.
-MODELS: dict[str, Family] = {"mamba2": Family(mamba2.Mamba2Config, mamba2.Mamba2LM, mamba2.weight_map)}
+MODELS: dict[str, Family] = {
+    "mamba2": Family(mamba2.Mamba2Config, mamba2.Mamba2LM, lambda format, config: mamba2.weight_map(format)),
+} | dict.fromkeys(
+    ("nat", "dinat"),
+    Family(nat.NATConfig, nat.NAT, lambda format, config: nat.weight_map(format, config.kind), nat.format_of),
+)
 
 
 def load(
@@ -76,10 +83,11 @@ def load(
     def build(compute: Any) -> Any:
         return family.model(config, dtype=compute, param_dtype=dtype or compute, rngs=nnx.Rngs(0))
 
+    source = checkpoint.Checkpoint(folder)
     return checkpoint.load_params(
         build,
-        checkpoint.Checkpoint(folder),
-        family.weight_map(),
+        source,
+        family.weight_map(family.format_of(source.entries), config),
         dtype=dtype,
         compute_dtype=compute_dtype,
         strict=strict,
@@ -100,9 +108,9 @@ def save(
     Args:
       model: one of the models in `MODELS`, stacked (`nn.stack`) or not; parameters are written in their dtypes.
       folder: is created if need be; other files in it stay.
-      format: "transformers" or "state-spaces" (the original of mamba_ssm). None means transformers' if it
-        can hold the model. Options that it lacks (`config.formats` tells) are kept in state-spaces' format,
-        which transformers cannot load; a warning says so.
+      format: "transformers", or that of the model's authors: "state-spaces" (mamba_ssm), "shi-labs" (NAT). None
+        means transformers' if it can hold the model. Options that it lacks (`config.formats` tells) are kept in the
+        authors' format, which transformers cannot load; a warning says so.
       max_shard_size: bytes beyond which the weights are split into several files with an index.
 
     Raises:
@@ -122,7 +130,7 @@ def save(
             stacklevel=2,
         )
     config_dict = config.to_dict(format)
-    tensors = checkpoint.tensors_of(nn.unstack(model), family.weight_map(format))
+    tensors = checkpoint.tensors_of(nn.unstack(model), family.weight_map(format, config))
     if format == "transformers":
         largest = max(tensors.values(), key=lambda source: source.nbytes)
         config_dict = {**config_dict, "dtype": largest.dtype.name}

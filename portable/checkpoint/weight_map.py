@@ -36,6 +36,16 @@ def depthwise(array: np.ndarray) -> np.ndarray:
     return array.T[:, None, :]
 
 
+def conv2d(array: np.ndarray) -> np.ndarray:
+    """[height, width, in, out], as Flax keeps the kernel of a convolution; the tensor is torch's [out, in, h, w]."""
+    return array.transpose(3, 2, 0, 1)
+
+
+def row(array: np.ndarray) -> np.ndarray:
+    """[d], one row of the tensor."""
+    return array[None]
+
+
 def flat(array: np.ndarray) -> np.ndarray:
     """Any shape; the tensor has one axis."""
     return array.reshape(-1)

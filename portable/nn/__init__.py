@@ -4,6 +4,7 @@ from portable.nn.conv import CausalConv1d as CausalConv1d
 from portable.nn.linear import dot_general as dot_general
 from portable.nn.mamba2 import Mamba2 as Mamba2
 from portable.nn.mamba2 import Mamba2State as Mamba2State
+from portable.nn.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from portable.nn.norm import RMSNorm as RMSNorm
 from portable.nn.padding import align_left as align_left
 from portable.nn.stack import Stack as Stack
