@@ -1,0 +1,237 @@
+"""The XLA form: a loop over steps of a few tiles; a tile's rows see all their keys at once, so a softmax is one pass.
+
+The backward computes a tile's weights again from q and k; nothing of the size of the scores outlives a step. See
+`tiles` for the letters.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from portable.ops._arguments import accumulator, vary_together
+from portable.ops._neighborhood_attention import tables, tiles
+from portable.selection import Impl
+
+
+def form(setting: tables.Setting) -> Impl:
+    """Returns the form with a platform's setting."""
+    return Impl(functools.partial(fwd, setting=setting), functools.partial(bwd, setting=setting))
+
+
+def plan(shape, setting, *, g, v, itemsize, wide=4, taken=None, tile=None, **pattern):
+    """Returns the axes' cuts and the rows of the batch in a step, for q of this shape."""
+    b, *space, h, width = shape
+    axes = tables.axes(space, *(pattern[name] for name in ("window", "stride", "dilation", "is_causal")))
+    if tile is None:
+        cut = tables.choose(axes, h // g, setting)
+    else:
+        cut = tuple(tables.tiling(a, min(t, a.size)) for a, t in zip(axes, tile, strict=True))
+    keys, rows = (math.prod(getattr(t, name) for t in cut) for name in ("width", "tile"))
+    groups = math.prod(a.dilation for a in axes)
+    each = groups * keys * (g * (width + v) * itemsize + 2 * h * rows * wide)
+    share = max(1, min(b, setting.budget // each))
+    share = next(n for n in range(share, 0, -1) if b % n == 0) if b else 1
+    taken = tables.steps(cut, share * each, setting)
+    return [tiles.Cut(t, n) for t, n in zip(cut, taken, strict=True)], share
+
+
+def _dot(spec: str, x, y, dtype):
+    wide = jnp.promote_types(jnp.float32, dtype)
+    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide)
+
+
+def _steps(body, cuts, carry):
+    """Runs body(carry, steps) -> (carry, y) over all steps; a single one needs no loop. Returns (carry, ys).
+
+    Every y [b, G, h, queries.., k] is a part of space; the parts are put together.
+    """
+    trips = [c.trips for c in cuts]
+
+    def unravel(i):
+        steps = []
+        for n in reversed(trips):
+            steps.append(0 if n == 1 else i % n)
+            i = i if n == 1 else i // n
+        return tuple(reversed(steps))
+
+    if math.prod(trips) == 1:
+        return body(carry, (0,) * len(trips))
+    carry, ys = jax.lax.scan(lambda c, i: body(c, unravel(i)), carry, jnp.arange(math.prod(trips)))
+
+    def whole(y):
+        rank = len(trips)
+        y = y.reshape(*trips, *y.shape[1:])
+        pairs = [i for j in range(rank) for i in (j, rank + 3 + j)]
+        y = y.transpose(rank, rank + 1, rank + 2, *pairs, 2 * rank + 3)
+        return y.reshape(*y.shape[:3], *(c.padded for c in cuts), y.shape[-1])
+
+    return carry, jax.tree.map(whole, ys)
+
+
+def _bias(table, cuts, steps, g: int):
+    """Returns the bias of each pair of a step's tiles, [1, 1, g, M, R, K], from its table by offset."""
+    x = table
+    for cut, step in zip(cuts, steps, strict=True):
+        ones = tiles.bias_tables(cut, step).astype(x.dtype)
+        x = jnp.tensordot(x, ones, ((1,), (2,)), precision=jax.lax.Precision.HIGHEST)
+    h, rank = x.shape[0], len(cuts)
+    sizes = [s for c in cuts for s in (c.taken, c.tiles.tile, c.tiles.width)]
+    x = x.reshape(g, h // g, *sizes)
+    order = [2 + 3 * i + j for j in range(3) for i in range(rank)]
+    x = x.transpose(0, *order[:rank], 1, *order[rank:])
+    return x.reshape(1, 1, g, math.prod(c.taken for c in cuts), -1, math.prod(c.tiles.width for c in cuts))
+
+
+class _Call:
+    """What forward and backward share: the arrays, grouped and padded, and the weights of a step."""
+
+    def __init__(self, arrays, cuts, scale: float) -> None:
+        q, k, v, self.bias, self.extra_k, self.extra_v, key_mask = arrays
+        self.axes, self.cuts, self.scale = [c.tiles.axis for c in cuts], cuts, scale
+        self.h, self.g, self.dtype = q.shape[-2], k.shape[-2], q.dtype
+        self.q = self.rows(q)
+        self.k, self.v = tiles.grouped(k, self.axes), tiles.grouped(v, self.axes)
+        self.seen = None if key_mask is None else tiles.grouped(key_mask[..., None, None], self.axes)
+
+    def rows(self, x):
+        """[b, *space, h, k] -> [b, G, h, n1, .., k], with queries for whole steps."""
+        x = tiles.grouped(x, self.axes)
+        more = [(0, c.padded - c.tiles.axis.size) for c in self.cuts]
+        return jnp.pad(x, [(0, 0)] * 3 + more + [(0, 0)])
+
+    def queries(self, x, steps):
+        return tiles.queries(x, self.cuts, steps, self.g)
+
+    def keys(self, x, steps):
+        return tiles.keys(x, self.cuts, steps)
+
+    def weights(self, q, k, bias, steps):
+        """Returns exp(scores - highest) [b, G, g, M, R, K], those of extra keys (or None), their sum and the highest.
+
+        A row that sees nothing has sum 0 and highest 0.
+        """
+        scores = _dot("bGgMRk,bGgMKk->bGgMRK", q, k, self.dtype) * self.scale
+        if bias is not None:
+            scores = scores + bias
+        seen = tiles.mask(self.cuts, steps, self.h // self.g)
+        if self.seen is not None:
+            shown = self.keys(self.seen, steps)[..., None, :, 0]
+            seen = shown if seen is None else seen & shown
+        if seen is not None:
+            scores = jnp.where(seen, scores, -jnp.inf)
+        highest = scores.max(-1)
+        more = None
+        if self.extra_k is not None:
+            more = _dot("bGgMRk,begk->bGgMRe", q, self.extra_k, self.dtype) * self.scale
+            highest = jnp.maximum(highest, more.max(-1, initial=-jnp.inf))
+        highest = jnp.where(highest == -jnp.inf, 0, highest)
+        weights = jnp.exp(scores - highest[..., None])
+        total = weights.sum(-1)
+        if more is not None:
+            more = jnp.exp(more - highest[..., None])
+            total = total + more.sum(-1)
+        return weights, more, total, highest
+
+
+def fwd(q, k, v, rel_pos_bias, extra_k, extra_v, key_mask, *, setting, scale, **pattern):
+    """See `reference.fwd`."""
+    arrays = (q, k, v, rel_pos_bias, extra_k, extra_v, key_mask)
+    wide = accumulator(q, k, v)
+    if not q.size:
+        return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype), jnp.zeros(q.shape[:-1], wide)
+    cuts, share = plan(q.shape, setting, **_sizes(k, v), **pattern)
+
+    def some(q, k, v, extra_k, extra_v, key_mask):
+        call = _Call((q, k, v, rel_pos_bias, extra_k, extra_v, key_mask), cuts, scale)
+
+        def step(carry, steps):
+            rows = call.queries(call.q, steps)
+            bias = None if call.bias is None else _bias(call.bias, cuts, steps, call.g)
+            weights, more, total, highest = call.weights(rows, call.keys(call.k, steps), bias, steps)
+            out = _dot("bGgMRK,bGgMKv->bGgMRv", weights, call.keys(call.v, steps), call.dtype)
+            if more is not None:
+                out = out + _dot("bGgMRe,begv->bGgMRv", more, call.extra_v, call.dtype)
+            out = (out / jnp.where(total == 0, 1, total)[..., None]).astype(q.dtype)
+            lse = (highest + jnp.log(total))[..., None]
+            return carry, tuple(tiles.unqueries(x, cuts, call.h) for x in (out, lse))
+
+        _, found = _steps(step, cuts, None)
+        out, lse = (tiles.ungrouped(x, call.axes) for x in found)
+        return out, lse[..., 0]
+
+    return _batches(some, share, *arrays[:3], *arrays[4:])
+
+
+def bwd(residuals, cotangents, *, setting, scale, **pattern):
+    """Recomputes the weights of each step's tiles; the cotangents of keys are added up where tiles overlap."""
+    q, k, v, rel_pos_bias, extra_k, extra_v, key_mask = residuals
+    if not q.size:
+        return tuple(None if x is None or x.dtype == bool else jnp.zeros_like(x) for x in residuals)
+    cuts, share = plan(q.shape, setting, **_sizes(k, v), **pattern)
+    wide = accumulator(q, k, v)
+
+    def some(q, k, v, extra_k, extra_v, key_mask, dout, dlse):
+        call = _Call((q, k, v, rel_pos_bias, extra_k, extra_v, key_mask), cuts, scale)
+        dtype = call.dtype
+        dout, dlse = call.rows(dout), call.rows(dlse[..., None])
+
+        def step(carry, steps):
+            dk, dv, dbias, dextra_k, dextra_v = carry
+            rows, keys, values = call.queries(call.q, steps), call.keys(call.k, steps), call.keys(call.v, steps)
+            given, given_lse = call.queries(dout, steps), call.queries(dlse, steps)[..., 0]
+            bias, pull = None, None
+            if call.bias is not None:
+                bias, pull = jax.vjp(lambda table: _bias(table, cuts, steps, call.g), call.bias)
+            weights, more, total, _ = call.weights(rows, keys, bias, steps)
+            alive, inverse = total > 0, 1 / jnp.where(total == 0, 1, total)
+            weights = weights * inverse[..., None]
+            slopes = _dot("bGgMRv,bGgMKv->bGgMRK", given, values, dtype)
+            mean = (weights * slopes).sum(-1)
+            if more is not None:
+                more = more * inverse[..., None]
+                more_slopes = _dot("bGgMRv,begv->bGgMRe", given, call.extra_v, dtype)
+                mean = mean + (more * more_slopes).sum(-1)
+            mean = jnp.where(alive, mean - given_lse, 0)[..., None]
+            dscores = weights * (slopes - mean)
+            drows = _dot("bGgMRK,bGgMKk->bGgMRk", dscores, keys, dtype)
+            dkeys = _dot("bGgMRK,bGgMRk->bGgMKk", dscores, rows, dtype) * scale
+            dvalues = _dot("bGgMRK,bGgMRv->bGgMKv", weights, given, dtype)
+            if more is not None:
+                dmore = more * (more_slopes - mean)
+                drows = drows + _dot("bGgMRe,begk->bGgMRk", dmore, call.extra_k, dtype)
+                dextra_k = dextra_k + _dot("bGgMRe,bGgMRk->begk", dmore, rows, dtype) * scale
+                dextra_v = dextra_v + _dot("bGgMRe,bGgMRv->begv", more, given, dtype)
+            if pull is not None:
+                dbias = dbias + pull(dscores.sum((0, 1), keepdims=True))[0]
+            dk, dv = tiles.add_keys(dk, dkeys, cuts, steps), tiles.add_keys(dv, dvalues, cuts, steps)
+            return (dk, dv, dbias, dextra_k, dextra_v), tiles.unqueries(drows * scale, cuts, call.h)
+
+        sums = [None if x is None else jnp.zeros(x.shape, wide) for x in (call.k, call.v, call.bias, extra_k, extra_v)]
+        sums = vary_together(call.q, *sums)[1:]
+        (dk, dv, dbias, dextra_k, dextra_v), dq = _steps(step, cuts, tuple(sums))
+        dq, dk, dv = (tiles.ungrouped(x, call.axes) for x in (dq, dk, dv))
+        dbias = None if dbias is None else dbias[None]
+        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias, dextra_k, dextra_v
+
+    dq, dk, dv, dbias, dextra_k, dextra_v = _batches(some, share, q, k, v, extra_k, extra_v, key_mask, *cotangents)
+    dbias = None if dbias is None else dbias.sum(0).astype(rel_pos_bias.dtype)
+    dextra_k, dextra_v = (
+        None if d is None else d.astype(x.dtype) for d, x in ((dextra_k, extra_k), (dextra_v, extra_v))
+    )
+    return dq, dk, dv, dbias, dextra_k, dextra_v, None
+
+
+def _sizes(k, v) -> dict:
+    return {"g": k.shape[-2], "v": v.shape[-1], "itemsize": k.dtype.itemsize, "wide": accumulator(k).itemsize}
+
+
+def _batches(some, share: int, *arrays):
+    """Runs `some` on `share` rows of the batch at a time."""
+    b = arrays[0].shape[0]
+    if share == b:
+        return some(*arrays)
+    cut = [None if x is None else x.reshape(b // share, share, *x.shape[1:]) for x in arrays]
+    out = jax.lax.map(lambda parts: some(*parts), tuple(cut))
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), out)
