@@ -24,10 +24,10 @@ def neighborhood_attention(
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
     scale: float | None = None,
-    rel_pos_bias: Float[Array, "h *offsets"] | None = None,
-    extra_k: Float[Array, "b e g k"] | None = None,
-    extra_v: Float[Array, "b e g v"] | None = None,
-    key_mask: Bool[Array, "b *space"] | None = None,
+    rel_pos_bias: Float[Array, " h *offsets"] | None = None,
+    extra_k: Float[Array, " b e g k"] | None = None,
+    extra_v: Float[Array, " b e g v"] | None = None,
+    key_mask: Bool[Array, " b *space"] | None = None,
     return_lse: bool = False,
     pad_small: bool = False,
     implementation: str | None = None,
@@ -183,8 +183,8 @@ def pattern(op: str, space, window, stride, dilation, is_causal, pad_small: bool
             raise ValueError(f"{op}: stride must be from 1 to the window, {w} on axis {i}; got {s}.")
         if w * d > length and not pad_small:
             raise ValueError(
-                f"{op}: window * dilation must fit into the axis; got {w} * {d} on axis {i} of {length} positions. Give "
-                f"less, or pad_small=True to let windows hold what there is."
+                f"{op}: window * dilation must fit into the axis; got {w} * {d} on axis {i} of {length} positions. "
+                f"Give less, or pad_small=True to let windows hold what there is."
             )
     return found
 

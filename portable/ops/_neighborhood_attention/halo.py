@@ -20,17 +20,25 @@ def form(setting: tables.Setting) -> Impl:
     return Impl(functools.partial(fwd, setting=setting), functools.partial(bwd, setting=setting))
 
 
-def plan(shape, setting, *, g, v, itemsize, wide=4, taken=None, tile=None, **pattern):
-    """Returns the axes' cuts and the rows of the batch in a step, for q of this shape."""
+def plan(shape, setting: tables.Setting, *, g: int, v: int, itemsize: int, tile=None, **pattern):
+    """Returns the axes' cuts, and how many rows of the batch a step takes.
+
+    Args:
+      shape: of q.
+      setting: of the platform.
+      g, v, itemsize: key heads, width of values, bytes of a number.
+      tile: queries of a tile for each axis; the setting's choice unless given.
+      **pattern: window, stride, dilation and is_causal, for each axis.
+    """
     b, *space, h, width = shape
-    axes = tables.axes(space, *(pattern[name] for name in ("window", "stride", "dilation", "is_causal")))
+    axes = tables.axes(space, **pattern)
     if tile is None:
         cut = tables.choose(axes, h // g, setting)
     else:
         cut = tuple(tables.tiling(a, min(t, a.size)) for a, t in zip(axes, tile, strict=True))
     keys, rows = (math.prod(getattr(t, name) for t in cut) for name in ("width", "tile"))
     groups = math.prod(a.dilation for a in axes)
-    each = groups * keys * (g * (width + v) * itemsize + 2 * h * rows * wide)
+    each = groups * keys * (g * (width + v) * itemsize + 2 * h * rows * max(4, itemsize))
     share = max(1, min(b, setting.budget // each))
     share = next(n for n in range(share, 0, -1) if b % n == 0) if b else 1
     taken = tables.steps(cut, share * each, setting)
@@ -40,6 +48,12 @@ def plan(shape, setting, *, g, v, itemsize, wide=4, taken=None, tile=None, **pat
 def _dot(spec: str, x, y, dtype):
     wide = jnp.promote_types(jnp.float32, dtype)
     return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide)
+
+
+def _total(x):
+    """Returns the sum over the last axis but one, as a product with ones."""
+    ones = jnp.ones((1, x.shape[-2]), x.dtype)
+    return jnp.einsum("ok,...kr->...or", ones, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def _steps(body, cuts, carry):
@@ -107,31 +121,38 @@ class _Call:
     def keys(self, x, steps):
         return tiles.keys(x, self.cuts, steps)
 
-    def weights(self, q, k, bias, steps):
+    def weights(self, q, k, bias, steps, *, flip: bool = False):
         """Returns exp(scores - highest) [b, G, g, M, R, K], those of extra keys (or None), their sum and the highest.
 
-        A row that sees nothing has sum 0 and highest 0.
+        A row that sees nothing has sum 0 and highest 0. With `flip` keys stand before rows.
         """
-        scores = _dot("bGgMRk,bGgMKk->bGgMRK", q, k, self.dtype) * self.scale
+        axis, order = (-2, "KR") if flip else (-1, "RK")
+
+        def dot(k, keys):
+            pair = (k, q) if flip else (q, k)
+            spec = f"{keys},bGgMRk" if flip else f"bGgMRk,{keys}"
+            return _dot(f"{spec}->bGgM{order}", *pair, self.dtype) * self.scale
+
+        scores = dot(k, "bGgMKk")
         if bias is not None:
-            scores = scores + bias
-        seen = tiles.mask(self.cuts, steps, self.h // self.g)
+            scores = scores + (jnp.swapaxes(bias, -1, -2) if flip else bias)
+        mask = tiles.mask(self.cuts, steps, self.h // self.g, scores.dtype, flip=flip)
+        if mask is not None:
+            scores = scores + mask
         if self.seen is not None:
-            shown = self.keys(self.seen, steps)[..., None, :, 0]
-            seen = shown if seen is None else seen & shown
-        if seen is not None:
-            scores = jnp.where(seen, scores, -jnp.inf)
-        highest = scores.max(-1)
+            shown = self.keys(self.seen, steps)
+            scores = jnp.where(shown if flip else jnp.swapaxes(shown, -1, -2), scores, -jnp.inf)
+        highest = scores.max(axis, keepdims=True)
         more = None
         if self.extra_k is not None:
-            more = _dot("bGgMRk,begk->bGgMRe", q, self.extra_k, self.dtype) * self.scale
-            highest = jnp.maximum(highest, more.max(-1, initial=-jnp.inf))
+            more = dot(self.extra_k, "bKgk")
+            highest = jnp.maximum(highest, more.max(axis, keepdims=True, initial=-jnp.inf))
         highest = jnp.where(highest == -jnp.inf, 0, highest)
-        weights = jnp.exp(scores - highest[..., None])
-        total = weights.sum(-1)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(axis, keepdims=True)
         if more is not None:
-            more = jnp.exp(more - highest[..., None])
-            total = total + more.sum(-1)
+            more = jnp.exp(more - highest)
+            total = total + more.sum(axis, keepdims=True)
         return weights, more, total, highest
 
 
@@ -153,8 +174,8 @@ def fwd(q, k, v, rel_pos_bias, extra_k, extra_v, key_mask, *, setting, scale, **
             out = _dot("bGgMRK,bGgMKv->bGgMRv", weights, call.keys(call.v, steps), call.dtype)
             if more is not None:
                 out = out + _dot("bGgMRe,begv->bGgMRv", more, call.extra_v, call.dtype)
-            out = (out / jnp.where(total == 0, 1, total)[..., None]).astype(q.dtype)
-            lse = (highest + jnp.log(total))[..., None]
+            out = (out / jnp.where(total == 0, 1, total)).astype(q.dtype)
+            lse = highest + jnp.log(total)
             return carry, tuple(tiles.unqueries(x, cuts, call.h) for x in (out, lse))
 
         _, found = _steps(step, cuts, None)
@@ -180,31 +201,32 @@ def bwd(residuals, cotangents, *, setting, scale, **pattern):
         def step(carry, steps):
             dk, dv, dbias, dextra_k, dextra_v = carry
             rows, keys, values = call.queries(call.q, steps), call.keys(call.k, steps), call.keys(call.v, steps)
-            given, given_lse = call.queries(dout, steps), call.queries(dlse, steps)[..., 0]
+            given, given_lse = call.queries(dout, steps), jnp.swapaxes(call.queries(dlse, steps), -1, -2)
             bias, pull = None, None
             if call.bias is not None:
                 bias, pull = jax.vjp(lambda table: _bias(table, cuts, steps, call.g), call.bias)
-            weights, more, total, _ = call.weights(rows, keys, bias, steps)
+            # Keys before rows: of the five products, four then are plain ones, as the keys' cotangents are.
+            weights, more, total, _ = call.weights(rows, keys, bias, steps, flip=True)
             alive, inverse = total > 0, 1 / jnp.where(total == 0, 1, total)
-            weights = weights * inverse[..., None]
-            slopes = _dot("bGgMRv,bGgMKv->bGgMRK", given, values, dtype)
-            mean = (weights * slopes).sum(-1)
+            weights = weights * inverse
+            slopes = _dot("bGgMKv,bGgMRv->bGgMKR", values, given, dtype)
+            mean = _total(weights * slopes)
             if more is not None:
-                more = more * inverse[..., None]
-                more_slopes = _dot("bGgMRv,begv->bGgMRe", given, call.extra_v, dtype)
-                mean = mean + (more * more_slopes).sum(-1)
-            mean = jnp.where(alive, mean - given_lse, 0)[..., None]
+                more = more * inverse
+                more_slopes = _dot("begv,bGgMRv->bGgMeR", call.extra_v, given, dtype)
+                mean = mean + (more * more_slopes).sum(-2, keepdims=True)
+            mean = jnp.where(alive, mean - given_lse, 0)
             dscores = weights * (slopes - mean)
-            drows = _dot("bGgMRK,bGgMKk->bGgMRk", dscores, keys, dtype)
-            dkeys = _dot("bGgMRK,bGgMRk->bGgMKk", dscores, rows, dtype) * scale
-            dvalues = _dot("bGgMRK,bGgMRv->bGgMKv", weights, given, dtype)
+            drows = _dot("bGgMKR,bGgMKk->bGgMRk", dscores, keys, dtype)
+            dkeys = _dot("bGgMKR,bGgMRk->bGgMKk", dscores, rows, dtype) * scale
+            dvalues = _dot("bGgMKR,bGgMRv->bGgMKv", weights, given, dtype)
             if more is not None:
                 dmore = more * (more_slopes - mean)
-                drows = drows + _dot("bGgMRe,begk->bGgMRk", dmore, call.extra_k, dtype)
-                dextra_k = dextra_k + _dot("bGgMRe,bGgMRk->begk", dmore, rows, dtype) * scale
-                dextra_v = dextra_v + _dot("bGgMRe,bGgMRv->begv", more, given, dtype)
+                drows = drows + _dot("bGgMeR,begk->bGgMRk", dmore, call.extra_k, dtype)
+                dextra_k = dextra_k + _dot("bGgMeR,bGgMRk->begk", dmore, rows, dtype) * scale
+                dextra_v = dextra_v + _dot("bGgMeR,bGgMRv->begv", more, given, dtype)
             if pull is not None:
-                dbias = dbias + pull(dscores.sum((0, 1), keepdims=True))[0]
+                dbias = dbias + pull(jnp.swapaxes(dscores.sum((0, 1), keepdims=True), -1, -2))[0]
             dk, dv = tiles.add_keys(dk, dkeys, cuts, steps), tiles.add_keys(dv, dvalues, cuts, steps)
             return (dk, dv, dbias, dextra_k, dextra_v), tiles.unqueries(drows * scale, cuts, call.h)
 
@@ -224,7 +246,7 @@ def bwd(residuals, cotangents, *, setting, scale, **pattern):
 
 
 def _sizes(k, v) -> dict:
-    return {"g": k.shape[-2], "v": v.shape[-1], "itemsize": k.dtype.itemsize, "wide": accumulator(k).itemsize}
+    return {"g": k.shape[-2], "v": v.shape[-1], "itemsize": k.dtype.itemsize}
 
 
 def _batches(some, share: int, *arrays):

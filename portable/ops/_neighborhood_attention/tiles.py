@@ -4,6 +4,7 @@ Letters: b batch, G dilation groups, g key heads, r query heads of a key head, n
 M tiles, R rows of a tile (r times its queries), K keys of a tile.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,9 +14,12 @@ import numpy as np
 
 from portable.ops._neighborhood_attention.tables import Axis, Tiling, bounds
 
+# Masks of up to so many bytes are constants of the program.
+CONSTANT_BYTES = 4 << 20
+
 
 def grouped(x, axes: Sequence[Axis]):
-    """[b, *space, h, k] -> [b, G, h, n1, n2, .., k]: dilation groups and heads in front, groups padded to one length."""
+    """[b, *space, h, k] -> [b, G, h, n1, .., k]: groups and heads in front, groups padded to one length."""
     rank, (b, h, k) = len(axes), (x.shape[0], *x.shape[-2:])
     pad = [(0, a.size * a.dilation - a.length) for a in axes]
     x = jnp.pad(x, [(0, 0), *pad, (0, 0), (0, 0)])
@@ -52,6 +56,13 @@ class Cut:
         pad = ((0, 0), (0, self.padded - tiles.axis.size))
         shape = (len(first), self.trips, taken, tiles.tile)
         self.first, self.end = (np.pad(x, pad, mode="edge").reshape(shape) for x in (first, end))
+        # Steps differ in few ways: the ones inside are alike.
+        key = np.arange(tiles.width)
+        low, high = (x - starts[None, :, :, None] for x in (self.first, self.end))
+        sees = (key >= low[..., None]) & (key < high[..., None])  # [G or 1, trips, taken, tile, width]
+        sees = np.moveaxis(sees, 1, 0)
+        found = np.unique(sees.reshape(self.trips, -1), axis=0, return_index=True, return_inverse=True)
+        self.kinds, self.kind = sees[found[1]], found[2].reshape(self.trips)
 
     @property
     def queries(self) -> int:
@@ -70,7 +81,7 @@ def at(table: np.ndarray, step):
         return table[step]
     if (table == table[:1]).all():
         return table[0]
-    return jnp.asarray(table.astype(np.int32))[step]
+    return jnp.asarray(table if table.dtype == bool else table.astype(np.int32))[step]
 
 
 def piece(x, start, size: int, axis: int):
@@ -112,14 +123,12 @@ def unqueries(x, cuts: Sequence[Cut], h: int):
 
 def keys(x, cuts: Sequence[Cut], steps):
     """Returns the keys of a step's tiles [b, G, g, M, K, k] of x [b, G, g, n1, .., k]."""
-    rank = len(cuts)
     for i, (cut, step) in enumerate(zip(cuts, steps, strict=True)):
         x = piece(x, at(cut.base, step), cut.span, 3 + i)
     for i, (cut, step) in enumerate(zip(cuts, steps, strict=True)):
         inner, axis = at(cut.inner, step), 3 + 2 * i  # i axes of tiles stand in front of the positions
-        x = jnp.stack([piece(x, inner[j], cut.tiles.width, 3 + i + i) for j in range(cut.taken)], 3 + i)
-        del axis
-    return x.reshape(*x.shape[:3], math.prod(c.taken for c in cuts), -1, x.shape[-1]) if rank else x
+        x = jnp.stack([piece(x, inner[j], cut.tiles.width, axis) for j in range(cut.taken)], 3 + i)
+    return x.reshape(*x.shape[:3], math.prod(c.taken for c in cuts), -1, x.shape[-1])
 
 
 def add_keys(total, x, cuts: Sequence[Cut], steps):
@@ -142,29 +151,41 @@ def add_keys(total, x, cuts: Sequence[Cut], steps):
     return jax.lax.dynamic_update_slice(total, old + x, starts)
 
 
-def mask(cuts: Sequence[Cut], steps, rows: int):
-    """Returns which keys of its tile a row sees, [1, G or 1, 1, M, R, K], or None where all see all.
+def mask(cuts: Sequence[Cut], steps, rows: int, dtype, *, flip: bool):
+    """Returns 0 for the keys of its tile that a row sees, else -inf: [1, G or 1, 1, M, R, K]; None where all see all.
 
-    `rows` is r, the query heads in a row's place.
+    `rows` is r, the query heads in a row's place. With `flip` keys stand before rows. Where few kinds of steps have
+    small tiles the masks are constants, and a step picks one: comparisons made in a step would be worked into each pass
+    over the scores.
     """
     if not any(c.tiles.masked for c in cuts):
         return None
+    sizes = [c.kinds.size // len(c.kinds) for c in cuts]
+    if math.prod(len(c.kinds) for c in cuts) * math.prod(sizes) * rows * 4 <= CONSTANT_BYTES:
+        table = np.stack([_mask(kinds, cuts, rows, flip) for kinds in itertools.product(*(c.kinds for c in cuts))])
+        table, kind = np.where(table, 0, -np.inf).astype(dtype), 0
+        for cut, step in zip(cuts, steps, strict=True):
+            kind = kind * len(cut.kinds) + at(cut.kind, step)
+        return jnp.asarray(table[kind]) if isinstance(kind, (int, np.integer)) else jnp.asarray(table)[kind]
+    seen = _mask([at(c.kinds[c.kind], step) for c, step in zip(cuts, steps, strict=True)], cuts, rows, flip)
+    return jnp.where(seen, 0, -jnp.inf).astype(dtype)
+
+
+def _mask(sees: Sequence, cuts: Sequence[Cut], rows: int, flip: bool):
+    """Returns what is seen on all axes [1, G or 1, 1, M, R, K], of [G or 1, taken, tile, width] on each axis."""
     rank, seen = len(cuts), None
-    for i, (cut, step) in enumerate(zip(cuts, steps, strict=True)):
-        first, end = (at(np.moveaxis(x, 1, 0), step) for x in (cut.first, cut.end))  # [groups or 1, taken, tile]
-        position = jnp.asarray(at(cut.starts, step))[:, None] + np.arange(cut.tiles.width)  # [taken, width]
-        sees = (position[:, None] >= first[..., None]) & (position[:, None] < end[..., None])
+    for i, one in enumerate(sees):
         shape = [1] * (4 * rank)
-        for j, size in zip((i, rank + i, 2 * rank + i, 3 * rank + i), sees.shape, strict=True):
+        for j, size in zip((i, rank + i, 2 * rank + i, 3 * rank + i), one.shape, strict=True):
             shape[j] = size
-        seen = sees.reshape(shape) if seen is None else seen & sees.reshape(shape)
-    groups = math.prod(seen.shape[:rank])
-    if groups > 1:
-        seen = jnp.broadcast_to(seen, (*(c.tiles.axis.dilation for c in cuts), *seen.shape[rank:]))
-        groups = math.prod(seen.shape[:rank])
-    M, Q, K = (math.prod(seen.shape[i * rank : (i + 1) * rank]) for i in (1, 2, 3))
-    seen = seen.reshape(1, groups, 1, M, 1, Q, K)
-    return jnp.broadcast_to(seen, (1, groups, 1, M, rows, Q, K)).reshape(1, groups, 1, M, rows * Q, K)
+        seen = one.reshape(shape) if seen is None else seen & one.reshape(shape)
+    xp = np if isinstance(seen, np.ndarray) else jnp
+    if math.prod(seen.shape[:rank]) > 1:
+        seen = xp.broadcast_to(seen, (*(c.tiles.axis.dilation for c in cuts), *seen.shape[rank:]))
+    groups, M, Q, K = (math.prod(seen.shape[i * rank : (i + 1) * rank]) for i in range(4))
+    seen = xp.broadcast_to(seen.reshape(1, groups, 1, M, 1, Q, K), (1, groups, 1, M, rows, Q, K))
+    seen = seen.reshape(1, groups, 1, M, rows * Q, K)
+    return xp.swapaxes(seen, -1, -2) if flip else seen
 
 
 def bias_tables(cut: Cut, step) -> jax.Array:
