@@ -32,13 +32,14 @@ def plan(shape, setting: tables.Setting, *, g: int, v: int, itemsize: int, tile=
     """
     b, *space, h, width = shape
     axes = tables.axes(space, **pattern)
+    groups = math.prod(a.dilation for a in axes)
+    key, pair = groups * g * (width + v) * itemsize, groups * 2 * h * max(4, itemsize)
     if tile is None:
-        cut = tables.choose(axes, h // g, setting)
+        cut = tables.choose(axes, h // g, key, pair, setting)
     else:
         cut = tuple(tables.tiling(a, min(t, a.size)) for a, t in zip(axes, tile, strict=True))
     keys, rows = (math.prod(getattr(t, name) for t in cut) for name in ("width", "tile"))
-    groups = math.prod(a.dilation for a in axes)
-    each = groups * keys * (g * (width + v) * itemsize + 2 * h * rows * max(4, itemsize))
+    each = keys * (key + pair * rows)
     share = max(1, min(b, setting.budget // each))
     share = next(n for n in range(share, 0, -1) if b % n == 0) if b else 1
     taken = tables.steps(cut, share * each, setting)

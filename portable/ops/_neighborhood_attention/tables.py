@@ -88,12 +88,14 @@ class Setting:
     Attributes:
       rows: what the keys of a tile cost beside the products, in rows of queries: their copies.
       mask: what a masked score costs, relative to one that is not.
-      budget: bytes that one step of the loop over tiles may hold.
+      tile: bytes that a tile may hold, as far as the choice allows.
+      budget: bytes that one step of the loop over tiles may hold; a step has at least one tile.
       unroll: most tiles of an axis in one step.
     """
 
     rows: int
     mask: float
+    tile: int
     budget: int
     unroll: int
 
@@ -107,12 +109,13 @@ def candidates(axis: Axis) -> list[int]:
 
 
 @functools.lru_cache(maxsize=512)
-def choose(axes: tuple[Axis, ...], rows: int, setting: Setting) -> tuple[Tiling, ...]:
+def choose(axes: tuple[Axis, ...], rows: int, key: int, pair: int, setting: Setting) -> tuple[Tiling, ...]:
     """Returns the cheapest tiling of each axis: few products on pairs that nobody sees, few copies of keys.
 
     Args:
       axes: of space.
       rows: query heads that share keys.
+      key, pair: bytes of a tile's key, and of its pair of a query and a key.
       setting: of the platform.
     """
     options = []
@@ -122,9 +125,10 @@ def choose(axes: tuple[Axis, ...], rows: int, setting: Setting) -> tuple[Tiling,
 
     def cost(tiles: Sequence[Tiling]) -> float:
         keys = math.prod(len(t.starts) * t.width for t in tiles)
-        queries = rows * math.prod(t.tile for t in tiles)
+        queries = math.prod(t.tile for t in tiles)
         masked = setting.mask if any(t.masked for t in tiles) else 1.0
-        return keys * (queries * masked + setting.rows)
+        held = math.prod(t.width for t in tiles) * (key + pair * queries)
+        return keys * (rows * queries * masked + setting.rows) * max(1, held / setting.tile) ** 2
 
     return min(itertools.product(*options), key=cost)
 

@@ -7,5 +7,5 @@ GPUs it is reasoned, not measured: so many queries fill their matrix units too.
 from portable.ops._neighborhood_attention.halo import form
 from portable.ops._neighborhood_attention.tables import Setting
 
-SETTING = Setting(rows=64, mask=1.0, budget=8 << 20, unroll=32)
+SETTING = Setting(rows=256, mask=1.0, tile=24 << 20, budget=24 << 20, unroll=32)
 IMPL = form(SETTING)
