@@ -21,7 +21,7 @@ def form(setting: tables.Setting) -> Impl:
 
 
 def plan(shape, setting: tables.Setting, *, g: int, v: int, itemsize: int, tile=None, **pattern):
-    """Returns the axes' cuts, and how many rows of the batch a step takes.
+    """Returns the axes' cuts, and how many rows of the batch and key heads a step takes.
 
     Args:
       shape: of q.
@@ -33,17 +33,21 @@ def plan(shape, setting: tables.Setting, *, g: int, v: int, itemsize: int, tile=
     b, *space, h, width = shape
     axes = tables.axes(space, **pattern)
     groups = math.prod(a.dilation for a in axes)
-    key, pair = groups * g * (width + v) * itemsize, groups * 2 * h * max(4, itemsize)
+    key, pair = groups * (width + v) * itemsize, groups * 2 * (h // g) * max(4, itemsize)
     if tile is None:
         cut = tables.choose(axes, h // g, key, pair, setting)
     else:
         cut = tuple(tables.tiling(a, min(t, a.size)) for a, t in zip(axes, tile, strict=True))
     keys, rows = (math.prod(getattr(t, name) for t in cut) for name in ("width", "tile"))
     each = keys * (key + pair * rows)
-    share = max(1, min(b, setting.budget // each))
-    share = next(n for n in range(share, 0, -1) if b % n == 0) if b else 1
-    taken = tables.steps(cut, share * each, setting)
-    return [tiles.Cut(t, n) for t, n in zip(cut, taken, strict=True)], share
+    heads = _divisor(g, setting.budget // each)
+    batch = _divisor(b, setting.budget // (heads * each)) if heads == g else 1
+    taken = tables.steps(cut, batch * heads * each, setting)
+    return [tiles.Cut(t, n) for t, n in zip(cut, taken, strict=True)], (batch, heads)
+
+
+def _divisor(n: int, most: int) -> int:
+    return next(i for i in range(max(1, min(n, most)), 0, -1) if n % i == 0)
 
 
 def _dot(spec: str, x, y, dtype):
@@ -103,7 +107,7 @@ class _Call:
     """What forward and backward share: the arrays, grouped and padded, and the weights of a step."""
 
     def __init__(self, arrays, cuts, scale: float) -> None:
-        q, k, v, self.bias, self.extra_k, self.extra_v, key_mask = arrays
+        q, k, v, self.extra_k, self.extra_v, self.bias, key_mask = arrays
         self.axes, self.cuts, self.scale = [c.tiles.axis for c in cuts], cuts, scale
         self.h, self.g, self.dtype = q.shape[-2], k.shape[-2], q.dtype
         self.q = self.rows(q)
@@ -159,14 +163,12 @@ class _Call:
 
 def fwd(q, k, v, rel_pos_bias, extra_k, extra_v, key_mask, *, setting, scale, **pattern):
     """See `reference.fwd`."""
-    arrays = (q, k, v, rel_pos_bias, extra_k, extra_v, key_mask)
-    wide = accumulator(q, k, v)
     if not q.size:
-        return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype), jnp.zeros(q.shape[:-1], wide)
+        return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype), jnp.zeros(q.shape[:-1], accumulator(q, k, v))
     cuts, share = plan(q.shape, setting, **_sizes(k, v), **pattern)
 
-    def some(q, k, v, extra_k, extra_v, key_mask):
-        call = _Call((q, k, v, rel_pos_bias, extra_k, extra_v, key_mask), cuts, scale)
+    def some(heads, bias, key_mask):
+        call = _Call((*heads, bias, key_mask), cuts, scale)
 
         def step(carry, steps):
             rows = call.queries(call.q, steps)
@@ -180,10 +182,10 @@ def fwd(q, k, v, rel_pos_bias, extra_k, extra_v, key_mask, *, setting, scale, **
             return carry, tuple(tiles.unqueries(x, cuts, call.h) for x in (out, lse))
 
         _, found = _steps(step, cuts, None)
-        out, lse = (tiles.ungrouped(x, call.axes) for x in found)
-        return out, lse[..., 0]
+        return tuple(tiles.ungrouped(x, call.axes) for x in found), None
 
-    return _batches(some, share, *arrays[:3], *arrays[4:])
+    (out, lse), _ = _batches(some, share, k.shape[-2], (q, k, v, extra_k, extra_v), rel_pos_bias, key_mask)
+    return out, lse[..., 0]
 
 
 def bwd(residuals, cotangents, *, setting, scale, **pattern):
@@ -194,10 +196,11 @@ def bwd(residuals, cotangents, *, setting, scale, **pattern):
     cuts, share = plan(q.shape, setting, **_sizes(k, v), **pattern)
     wide = accumulator(q, k, v)
 
-    def some(q, k, v, extra_k, extra_v, key_mask, dout, dlse):
-        call = _Call((q, k, v, rel_pos_bias, extra_k, extra_v, key_mask), cuts, scale)
+    def some(heads, bias, key_mask):
+        *heads, dout, dlse = heads
+        call = _Call((*heads, bias, key_mask), cuts, scale)
         dtype = call.dtype
-        dout, dlse = call.rows(dout), call.rows(dlse[..., None])
+        dout, dlse = call.rows(dout), call.rows(dlse)
 
         def step(carry, steps):
             dk, dv, dbias, dextra_k, dextra_v = carry
@@ -231,18 +234,20 @@ def bwd(residuals, cotangents, *, setting, scale, **pattern):
             dk, dv = tiles.add_keys(dk, dkeys, cuts, steps), tiles.add_keys(dv, dvalues, cuts, steps)
             return (dk, dv, dbias, dextra_k, dextra_v), tiles.unqueries(drows * scale, cuts, call.h)
 
-        sums = [None if x is None else jnp.zeros(x.shape, wide) for x in (call.k, call.v, call.bias, extra_k, extra_v)]
+        sums = (call.k, call.v, call.bias, call.extra_k, call.extra_v)
+        sums = [None if x is None else jnp.zeros(x.shape, wide) for x in sums]
         sums = vary_together(call.q, *sums)[1:]
         (dk, dv, dbias, dextra_k, dextra_v), dq = _steps(step, cuts, tuple(sums))
         dq, dk, dv = (tiles.ungrouped(x, call.axes) for x in (dq, dk, dv))
-        dbias = None if dbias is None else dbias[None]
-        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias, dextra_k, dextra_v
+        return (dq, dk, dv, dextra_k, dextra_v), dbias
 
-    dq, dk, dv, dbias, dextra_k, dextra_v = _batches(some, share, q, k, v, extra_k, extra_v, key_mask, *cotangents)
-    dbias = None if dbias is None else dbias.sum(0).astype(rel_pos_bias.dtype)
-    dextra_k, dextra_v = (
-        None if d is None else d.astype(x.dtype) for d, x in ((dextra_k, extra_k), (dextra_v, extra_v))
+    dout, dlse = cotangents
+    heads = (q, k, v, extra_k, extra_v, dout, dlse[..., None])
+    grads, dbias = _batches(some, share, k.shape[-2], heads, rel_pos_bias, key_mask)
+    dq, dk, dv, dextra_k, dextra_v = (
+        None if d is None else d.astype(x.dtype) for d, x in zip(grads, heads[:5], strict=True)
     )
+    dbias = None if dbias is None else dbias.astype(rel_pos_bias.dtype)
     return dq, dk, dv, dbias, dextra_k, dextra_v, None
 
 
@@ -250,11 +255,39 @@ def _sizes(k, v) -> dict:
     return {"g": k.shape[-2], "v": v.shape[-1], "itemsize": k.dtype.itemsize}
 
 
-def _batches(some, share: int, *arrays):
-    """Runs `some` on `share` rows of the batch at a time."""
-    b = arrays[0].shape[0]
-    if share == b:
-        return some(*arrays)
-    cut = [None if x is None else x.reshape(b // share, share, *x.shape[1:]) for x in arrays]
-    out = jax.lax.map(lambda parts: some(*parts), tuple(cut))
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), out)
+def _batches(some, share: tuple[int, int], g: int, heads: tuple, bias, key_mask):
+    """Runs `some` on a few rows of the batch and key heads at a time; its results are then put together.
+
+    Args:
+      some: (heads, bias, key_mask) -> (arrays like heads, the bias's gradient or None).
+      share: rows of the batch and key heads at a time.
+      g: key heads.
+      heads: arrays [b, .., a multiple of g, k], or None.
+      bias: [h, ..] or None.
+      key_mask: [b, *space] or None.
+    """
+    batch, few = share
+    b = heads[0].shape[0]
+    if (batch, few) == (b, g):
+        return some(heads, bias, key_mask)
+    outer = (b // batch, g // few)
+
+    def split(x):
+        x = x.reshape(outer[0], batch, *x.shape[1:-2], outer[1], x.shape[-2] // outer[1], x.shape[-1])
+        return jnp.moveaxis(x, -3, 1).reshape(-1, batch, *x.shape[2:-3], *x.shape[-2:])
+
+    def join(x):
+        x = jnp.moveaxis(x.reshape(*outer, *x.shape[1:]), 1, -3)
+        return x.reshape(b, *x.shape[2:-3], -1, x.shape[-1])
+
+    def spread(x, axis):  # what does not depend on the rows (0), or on the heads (1)
+        x = jnp.expand_dims(x, axis)
+        return jnp.broadcast_to(x, (*outer, *x.shape[2:])).reshape(-1, *x.shape[2:])
+
+    cut = [None if x is None else split(x) for x in heads]
+    bias = None if bias is None else spread(bias.reshape(outer[1], -1, *bias.shape[1:]), 0)
+    key_mask = None if key_mask is None else spread(key_mask.reshape(outer[0], batch, *key_mask.shape[1:]), 1)
+    found, dbias = jax.lax.map(lambda parts: some(*parts), (tuple(cut), bias, key_mask))
+    if dbias is not None:
+        dbias = dbias.reshape(*outer, *dbias.shape[1:]).sum(0).reshape(-1, *dbias.shape[2:])
+    return jax.tree.map(join, found), dbias

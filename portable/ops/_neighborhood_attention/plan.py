@@ -130,7 +130,7 @@ def neighborhood_plan(
         f"{selection.package(OP).__name__}.{forms.get(platform, forms['default'])}"
     ).SETTING
     shape = (batch, *space, heads, dim)
-    cuts, share = halo.plan(shape, setting, g=g, v=v, itemsize=itemsize, tile=tile, **seen)
+    cuts, (share, shared) = halo.plan(shape, setting, g=g, v=v, itemsize=itemsize, tile=tile, **seen)
     groups = math.prod(seen["dilation"])
     queries = math.prod(c.padded for c in cuts)
     keys = math.prod(c.tiles.width for c in cuts)
@@ -139,7 +139,7 @@ def neighborhood_plan(
     n = math.prod(space)
     taken = math.prod(c.taken for c in cuts)
     rows = math.prod(c.tiles.tile for c in cuts)
-    step = share * groups * taken * keys * (g * (dim + v) * itemsize + heads * rows * max(4, itemsize))
+    step = share * groups * taken * keys * shared * ((dim + v) * itemsize + heads // g * rows * max(4, itemsize))
     return NeighborhoodPlan(
         space=space,
         **seen,
@@ -147,7 +147,7 @@ def neighborhood_plan(
         width=tuple(c.tiles.width for c in cuts),
         tiles=tuple(c.trips * c.taken for c in cuts),
         masked=any(c.tiles.masked for c in cuts),
-        steps=math.prod(c.trips for c in cuts) * (batch // share),
+        steps=math.prod(c.trips for c in cuts) * (batch // share) * (g // shared),
         pairs=math.prod(_seen(c) for c in cuts),
         visited=visited,
         flops=each * (dim + v) * computed,

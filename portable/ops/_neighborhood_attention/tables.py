@@ -88,7 +88,7 @@ class Setting:
     Attributes:
       rows: what the keys of a tile cost beside the products, in rows of queries: their copies.
       mask: what a masked score costs, relative to one that is not.
-      tile: bytes that a tile may hold, as far as the choice allows.
+      tile: bytes that a tile of one key head may hold, as far as there is a choice.
       budget: bytes that one step of the loop over tiles may hold; a step has at least one tile.
       unroll: most tiles of an axis in one step.
     """
@@ -115,7 +115,7 @@ def choose(axes: tuple[Axis, ...], rows: int, key: int, pair: int, setting: Sett
     Args:
       axes: of space.
       rows: query heads that share keys.
-      key, pair: bytes of a tile's key, and of its pair of a query and a key.
+      key, pair: bytes of a tile's key, and of its pair of a query and a key, for one key head.
       setting: of the platform.
     """
     options = []
