@@ -43,6 +43,11 @@ MODELS: dict[str, Family] = {
 )
 
 
+def decoders() -> dict[str, Family]:
+    """Returns those of `MODELS` that read and write tokens."""
+    return {kind: family for kind, family in MODELS.items() if hasattr(family.model, "prefill")}
+
+
 def load(
     folder_or_hub_id: str | os.PathLike[str],
     dtype: Any = None,

@@ -48,22 +48,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Times what was asked for and prints a table each."""
-    from portable.models import MODELS
+    from portable import models
 
+    known = models.decoders()
     for name in ("samples", "batch", "prompt", "tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise PortableError(f"bench: --{name} must be at least 1; got {getattr(args, name)}.")
     what = args.what or list(selection.ops())
-    if unknown := [name for name in what if name not in MODELS and name not in selection.ops()]:
+    if unknown := [name for name in what if name not in known and name not in selection.ops()]:
         raise PortableError(
             f"bench: there is no op or model called {unknown[0]!r}; ops: {', '.join(selection.ops())}; "
-            f"models: {', '.join(MODELS)}."
+            f"models: {', '.join(known)}."
         )
-    _check_applies(args, [name for name in what if name in MODELS], [name for name in what if name not in MODELS])
+    _check_applies(args, [name for name in what if name in known], [name for name in what if name not in known])
     if args.estimate:
-        tables = [_estimate(name, args, name in MODELS) for name in what]
+        tables = [_estimate(name, args, name in known) for name in what]
     else:
-        tables = [_model(name, args) if name in MODELS else _op(name, args) for name in what]
+        tables = [_model(name, args) if name in known else _op(name, args) for name in what]
     if args.json:
         machine = {row[0]: row[1] for row in reports.info().rows}
         print(json.dumps({"machine": machine, "results": {title: rows for title, rows, _ in tables}}, indent=2))

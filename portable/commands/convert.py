@@ -5,7 +5,8 @@ import argparse
 EXAMPLES = """examples:
   portable convert state-spaces-folder out                      # as transformers reads it
   portable convert owner/name out --dtype bfloat16              # from the hub, which needs portable-jax[hf]
-  portable convert folder out --to state-spaces                 # as mamba_ssm names its tensors
+  portable convert folder out --to state-spaces                 # Mamba-2 as mamba_ssm names its tensors
+  portable convert folder out --to shi-labs                     # NAT and DiNAT as their authors name them
 """
 
 
@@ -19,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--to",
-        choices=("transformers", "state-spaces"),
+        choices=("transformers", "state-spaces", "shi-labs"),
         help="format to write; without it transformers', if that can hold the model",
     )
 

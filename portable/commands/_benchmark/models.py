@@ -84,11 +84,12 @@ def published(name: str) -> dict[str, Any]:
     Raises:
       PortableError: no model has that name.
     """
-    from portable.models import MODELS
+    from portable import models
 
-    if name not in MODELS:
-        raise PortableError(f"bench: there is no model or op called {name!r}; models: {', '.join(MODELS)}.")
-    config = MODELS[name][0]
+    known = models.decoders()
+    if name not in known:
+        raise PortableError(f"bench: there is no model or op called {name!r}; models: {', '.join(known)}.")
+    config = known[name][0]
     made = {n.removeprefix(f"{name}_"): getattr(config, n)() for n in dir(config) if n.startswith(f"{name}_")}
     return dict(sorted(made.items(), key=lambda item: item[1].num_hidden_layers * item[1].hidden_size ** 2))
 
