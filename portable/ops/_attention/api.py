@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -117,9 +118,9 @@ def attention(
         sinks=sinks,
         scale=scale,
     )
-    out, lse = selection.call("attention", implementation, arrays, options)
-    # Residuals are arguments: a second call, which returns what it is given, hands the results to the backward. The
-    # first one's own backward then serves derivatives of the backward alone.
+    # Residuals are arguments: the second call returns what it is given, and its backward then has the results.
+    held = jax.tree.map(jax.lax.stop_gradient, Arrays(*arrays))
+    out, lse = selection.call("attention", implementation, tuple(held), options)
     arrays = tuple(Arrays(*arrays)._replace(out=out, lse=lse))
     out, lse = selection.call("attention", implementation, arrays, options)
     out = out.astype(q.dtype)

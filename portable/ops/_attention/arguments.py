@@ -7,7 +7,11 @@ from portable.ops._attention.mods import Mod
 
 
 class Arrays(NamedTuple):
-    """Arrays, None where absent. `out` and `lse` are the results, where they are known: the backward wants them."""
+    """Arrays, None where absent.
+
+    `out` and `lse` are the results where they are known, which the backward wants: a forward without a derivative of
+    JAX's own returns them as they are.
+    """
 
     q: Any  # [b, t, h, k]
     k: Any  # [b, s, g, k]
