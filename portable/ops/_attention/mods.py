@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
+from portable.ops._arguments import vary_together
+
 
 @dataclasses.dataclass(frozen=True)
 class Mod:
@@ -65,9 +67,8 @@ def trace(op: str, name: str, fn: Callable | None, like: jax.Array, *, score: An
     if not callable(fn):
         raise TypeError(f"{op}: {name} must be a function; got {type(fn).__name__}.")
     kind, result = ("boolean", jnp.bool_) if score is None else ("floating", jnp.floating)
-    varying = jax.typeof(like).manual_axis_type
     dtypes = ([] if score is None else [score]) + [jnp.int32] * 4
-    scalars = [jax.ShapeDtypeStruct((), d, manual_axis_type=varying) for d in dtypes]
+    scalars = vary_together(like, *(jnp.zeros((), d) for d in dtypes))[1:]
     closed, out = jax.make_jaxpr(fn, return_shape=True)(*scalars)
     leaves = jax.tree.leaves(out)
     if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, result):
