@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from portable.ops._arguments import accumulator
+from portable.ops._arguments import accumulator, vary_together
 from portable.ops._attention.arguments import Arrays, Rules
 from portable.selection import Impl
 
@@ -36,6 +36,7 @@ def fwd(*arrays, **options):
     rows, heads = count(b), count(h).reshape(g, h // g)
     queries = jnp.broadcast_to(count(t), (b, t)) if a.q_positions is None else a.q_positions
     keys = jnp.broadcast_to(count(s), (b, s)) if a.kv_positions is None else a.kv_positions
+    _, rows, heads, queries, keys = vary_together(q, rows, heads, queries, keys)
 
     scores = jnp.einsum("btgrk,bsgk->bgrts", q, k) * rules.scale
     if rules.score_mod is not None:

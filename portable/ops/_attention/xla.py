@@ -70,7 +70,7 @@ class _Walk:
         """Returns what a mod takes beside the score."""
         b, g, r = self.q.shape[1:4]
         rows, heads = jnp.arange(b, dtype=jnp.int32), jnp.arange(g * r, dtype=jnp.int32).reshape(g, r)
-        return rows, heads, *self.positions(i, j)
+        return vary_together(self.q, rows, heads, *self.positions(i, j))[1:]
 
     def modified(self, i, j) -> Callable | None:
         """Returns the function (what score_mod closes over, scores) -> scores of a pair; None for the identity."""
