@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Queries and keys of a block at most.
-QUERIES, KEYS = 512, 512
-
 
 @dataclasses.dataclass(frozen=True)
 class Axis:

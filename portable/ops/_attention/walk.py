@@ -1,6 +1,7 @@
 """Online softmax over pairs of blocks: scores of one pair at a time, forwards and backwards."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from portable.ops._arguments import accumulator, vary_together
 from portable.ops._attention.arguments import Arrays, Rules
-from portable.ops._attention.blocks import KEYS, QUERIES, Axis, blocks, pairs
+from portable.ops._attention.blocks import Axis, blocks, pairs
 from portable.selection import Impl
 
 
@@ -119,9 +120,9 @@ class _Walk:
         return vary_together(self.q, jnp.full(shape, value, self.wide))[1]
 
 
-def _walk(a: Arrays, rules: Rules) -> _Walk:
+def _walk(limits: tuple[int, int], a: Arrays, rules: Rules) -> _Walk:
     (b, t, h, width), (s, g) = a.q.shape, a.k.shape[1:3]
-    queries, keys = blocks(t, QUERIES), blocks(s, KEYS)
+    queries, keys = blocks(t, limits[0]), blocks(s, limits[1])
     wide = accumulator(a.q, a.k, a.v, a.sinks)
     counted = a.q_positions is None and a.kv_positions is None
     every, some = pairs(queries, keys, rules.left, rules.right) if counted else pairs(queries, keys, None, None)
@@ -157,12 +158,12 @@ def _put(x, i, value):
     return x.at[i].set(value) if isinstance(i, int) else jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
-def fwd(*arrays, **options):
+def _fwd(limits: tuple[int, int], *arrays, **options):
     """See `reference.fwd`. Milakov and Gimelshein 2018 (arXiv 1805.02867), algorithm 3, a block at a time."""
     a, rules = Arrays(*arrays), Rules(**options)
     if a.out is not None:
-        return known(a, options)
-    w = _walk(a, rules)
+        return _known(limits, tuple(options.items()), *a)
+    w = _walk(limits, a, rules)
     rows, width = w.q.shape[:-1], w.v.shape[-1]
 
     def body(carry, i, j, masked):
@@ -190,12 +191,12 @@ def fwd(*arrays, **options):
     return out, w.queries.join(lse, 3).reshape(a.q.shape[0], a.q.shape[2], a.q.shape[1])
 
 
-def bwd(residuals, cotangents, **options):
+def _bwd(limits: tuple[int, int], residuals, cotangents, **options):
     """Makes the scores of each pair again: Dao et al. 2022 (arXiv 2205.14135), algorithm 4, with a cotangent of lse."""
     a, rules = Arrays(*residuals), Rules(**options)
     dout, dlse = cotangents
-    out, lse = fwd(*a, **options) if a.out is None else known(a, options)
-    w = _walk(a, rules)
+    out, lse = _fwd(limits, *a, **options)
+    w = _walk(limits, a, rules)
     delta = jnp.einsum("bthv,bthv->bht", dout, out, preferred_element_type=w.wide) - dlse
     # Every weight of a row that sees no key is 0, and of one that fills up a block.
     delta, lse = jnp.where(lse == -jnp.inf, 0, delta), jnp.where(lse == -jnp.inf, jnp.inf, lse)
@@ -242,15 +243,15 @@ def bwd(residuals, cotangents, **options):
     return tuple(Arrays(**dict.fromkeys(Arrays._fields) | slopes | mods | {"sinks": dsinks}))
 
 
-def known(a: Arrays, options: dict) -> tuple:
-    """Returns the results among the arguments, with the derivative that making them has."""
-    return _known(tuple(options.items()), *a)
-
-
-_known = jax.custom_vjp(lambda options, *arrays: Arrays(*arrays)[-2:], nondiff_argnums=(0,))
+# The results among the arguments, with the derivative that making them has.
+_known = jax.custom_vjp(lambda limits, options, *arrays: Arrays(*arrays)[-2:], nondiff_argnums=(0, 1))
 _known.defvjp(
-    lambda options, *arrays: (Arrays(*arrays)[-2:], arrays),
-    lambda options, residuals, cotangents: bwd(residuals, cotangents, **dict(options)),
+    lambda limits, options, *arrays: (Arrays(*arrays)[-2:], arrays),
+    lambda limits, options, residuals, cotangents: _bwd(limits, residuals, cotangents, **dict(options)),
 )
 
-IMPL = Impl(fwd=fwd, bwd=bwd)
+
+def form(queries: int, keys: int) -> Impl:
+    """Returns the implementation whose blocks hold so many queries and keys at most."""
+    limits = (queries, keys)
+    return Impl(fwd=functools.partial(_fwd, limits), bwd=functools.partial(_bwd, limits))
