@@ -144,7 +144,7 @@ def prepare(
     sinks=None,
     scale=None,
     return_lse=False,
-):
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Checks the arguments; returns the arrays and options of `arguments`."""
     del return_lse  # every implementation returns it
     op, sizes = "attention", {}
@@ -189,7 +189,7 @@ def prepare(
     options: dict[str, Any] = {"left": left, "right": right, "mask_mod": mask, "score_mod": score}
     options["soft_cap"] = None if soft_cap is None else float(soft_cap)
     options["scale"] = float(max(1, sizes["k"]) ** -0.5 if scale is None else scale)
-    return tuple(Arrays(*given, mask_arrays, score_arrays, None, None)), options
+    return (*given, mask_arrays, score_arrays, None, None), options
 
 
 def _pair(segment_ids):
@@ -212,15 +212,14 @@ def _positions(op, name, x, letter, sizes):
     return jnp.broadcast_to(x, (sizes["b"], sizes[letter]))
 
 
-def _limits(op, window, is_causal):
+def _limits(op: str, window: Any, is_causal: Any) -> tuple[int | None, int | None]:
     """Returns how many positions before and after its own a query sees, None for no limit."""
     if not isinstance(is_causal, bool):
         raise TypeError(f"{op}: is_causal must be True or False; got {_shown(is_causal)}.")
-    if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
-        window = (window - 1, window - 1)
-    sides = (None, None) if window is None else window
-    fine = isinstance(sides, tuple) and len(sides) == 2
-    if not fine or not all(x is None or (isinstance(x, int) and not isinstance(x, bool) and x >= 0) for x in sides):
+    whole = lambda x, least: isinstance(x, int) and not isinstance(x, bool) and x >= least  # noqa: E731
+    sides: Any = (window - 1, window - 1) if whole(window, 1) else (None, None) if window is None else window
+    pair = isinstance(sides, tuple) and len(sides) == 2
+    if not pair or not all(x is None or whole(x, 0) for x in sides):
         raise ValueError(
             f"{op}: window must be an integer of at least 1, a pair (left, right) of integers of at least 0 or None, "
             f"or None; got {_shown(window)}."

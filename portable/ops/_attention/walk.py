@@ -44,7 +44,7 @@ class _Walk:
         x = self.queries.join(jnp.transpose(x, (0, 1, 4, 2, 3, 5)))
         return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])
 
-    def rows(self, x, fill=0):
+    def rows(self, x, fill: float = 0):
         """[b, h, t] -> [i, b, g, r, q]."""
         b, h, t = x.shape
         groups = self.k.shape[2]
@@ -237,10 +237,11 @@ def _bwd(limits: tuple[int, int], residuals, cotangents, **options):
         dsinks = -(jnp.exp(sinks - lse) * delta).sum((0, 1, 4)).reshape(a.sinks.shape).astype(a.sinks.dtype)
     given = iter(dgiven)
     dq, dk, dv = w.flat(dq), *(w.keys.join(jnp.swapaxes(x, 2, 3)) for x in (dk, dv))
-    slopes = dict(zip("qkv", (x.astype(y.dtype) for x, y in zip((dq, dk, dv), a[:3], strict=True)), strict=True))
-    mods = {"mask_arrays": (None,) * len(a.mask_arrays)}
-    mods["score_arrays"] = tuple(next(given) if is_float else None for is_float in floats)
-    return tuple(Arrays(**dict.fromkeys(Arrays._fields) | slopes | mods | {"sinks": dsinks}))
+    found: dict[str, Any] = dict.fromkeys(Arrays._fields)
+    found |= {"q": dq.astype(a.q.dtype), "k": dk.astype(a.k.dtype), "v": dv.astype(a.v.dtype), "sinks": dsinks}
+    found["mask_arrays"] = (None,) * len(a.mask_arrays)
+    found["score_arrays"] = tuple(next(given) if is_float else None for is_float in floats)
+    return tuple(found.values())
 
 
 # The results among the arguments, with the derivative that making them has.
