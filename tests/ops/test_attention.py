@@ -257,16 +257,18 @@ def test_gradients_reach_what_a_score_mod_closes_over(seed):
         assert relative(got[1], expected) <= 5e-6
 
 
-def test_equal_mods_share_what_is_compiled():
+def test_equal_mods_share_what_is_compiled_and_others_do_not():
     (q, k, v), _ = CASES["plain"]()
 
-    def options(slope, cap):
-        slopes = jnp.full(2, slope)
-        return prepare(q, k, v, score_mod=lambda x, b, h, i, j: cap * (x - slopes[h]))[1]
+    def options(slope, cap, inner=0.0):
+        slopes, table = jnp.full(2, slope), jnp.full(2, inner)
+        within = jax.jit(lambda x, h: x + table[h] if inner else x)  # its table is not in the text of the trace
+        return prepare(q, k, v, score_mod=lambda x, b, h, i, j: within(cap * (x - slopes[h]), h))[1]["score_mod"]
 
     assert options(1.0, 2.0) == options(3.0, 2.0)
-    assert hash(options(1.0, 2.0)["score_mod"]) == hash(options(3.0, 2.0)["score_mod"])
+    assert hash(options(1.0, 2.0)) == hash(options(3.0, 2.0))
     assert options(1.0, 2.0) != options(1.0, 2.0000003)
+    assert options(1.0, 2.0, 1.0) != options(1.0, 2.0, 2.0)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,7 +1,7 @@
 """Functions of one score that a caller hands in: traced once, what they close over made arguments."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,9 +13,13 @@ from portable.ops._arguments import vary_together
 
 @dataclasses.dataclass(frozen=True)
 class Mod:
-    """A traced function of scalars. Two that read the same are the same, so that equal calls share what is compiled."""
+    """A traced function of scalars. Two that read the same are the same, so that equal calls share what is compiled.
+
+    What a jaxpr's text does not show stands in `hidden`, by its identity.
+    """
 
     text: str
+    hidden: tuple[int, ...]
     jaxpr: Jaxpr = dataclasses.field(compare=False, repr=False)
 
     def __call__(self, arrays: tuple, *scalars: Any) -> jax.Array:
@@ -76,4 +80,16 @@ def trace(op: str, name: str, fn: Callable | None, like: jax.Array, *, score: An
         raise TypeError(
             f"{op}: {name} must return one {kind} scalar for one query and one key (portable vectorises it); got {got}."
         )
-    return Mod(str(closed.jaxpr), closed.jaxpr), tuple(closed.consts)
+    return Mod(str(closed.jaxpr), tuple(_hidden(closed.jaxpr)), closed.jaxpr), tuple(closed.consts)
+
+
+def _hidden(jaxpr: Jaxpr) -> Iterator[int]:
+    """Yields identities of what functions inside close over, and of rules of derivatives."""
+    for equation in jaxpr.eqns:
+        for x in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(x, ClosedJaxpr):
+                yield from map(id, x.consts)
+            if isinstance(x, (ClosedJaxpr, Jaxpr)):
+                yield from _hidden(x.jaxpr if isinstance(x, ClosedJaxpr) else x)
+            elif callable(x) and not isinstance(x, type):
+                yield id(x)

@@ -155,7 +155,7 @@ def _at(x, i):
 
 
 def _put(x, i, value):
-    return x.at[i].set(value) if isinstance(i, int) else jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
+    return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
 def _fwd(limits: tuple[int, int], *arrays, **options):
