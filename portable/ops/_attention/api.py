@@ -53,7 +53,8 @@ def attention(
         out[i]  = sum_j exp(x[i, j] - lse[i]) * v[j]
 
     A query sees a key where everything that is given agrees: causality, window, key_mask, segments and mask_mod. One
-    that sees none has out = 0 and lse = -inf (lse = sinks[h] with a sink), and no gradient passes through it.
+    that sees none has out = 0 and lse = -inf (lse = sinks[h] with a sink), and no gradient passes through it. Keys and
+    values that are not seen must be finite all the same: their weight is 0, and 0 times NaN is NaN.
 
     Memory is linear in t and s, forwards and backwards. Blocks that no query of theirs sees are not computed where
     causality and window say so and positions are not given. Softmax and sums are float32 (float64 if an argument is
