@@ -1,5 +1,7 @@
 """Pure functions, each with one contract and several implementations; see `portable.selection`."""
 
+from portable.ops._attention.api import attention as attention
+from portable.ops._attention.merge import merge_attentions as merge_attentions
 from portable.ops._causal_conv1d.api import causal_conv1d as causal_conv1d
 from portable.ops._linear.api import linear as linear
 from portable.ops._neighborhood_attention.api import neighborhood_attention as neighborhood_attention

@@ -42,10 +42,10 @@ def check_shape(op: str, name: str, x, letters: str, sizes: dict[str, int]) -> N
             raise ValueError(f"{op}: {name} must be {wanted} with {axis}={sizes[axis]}; got shape {list(x.shape)}.")
 
 
-def check_groups(op: str, h: int, g: int) -> None:
-    """Raises ValueError unless the heads divide evenly among the groups."""
+def check_groups(op: str, h: int, g: int, which: str = "B and C must be [b, t, g, n]") -> None:
+    """Raises ValueError unless the heads divide evenly among the groups; `which` says whose those are."""
     if g == 0 or h % g:
-        raise ValueError(f"{op}: B and C must be [b, t, g, n] with h % g == 0; got h={h}, g={g}.")
+        raise ValueError(f"{op}: {which} with h % g == 0; got h={h}, g={g}.")
 
 
 def check_integer(op: str, **arrays) -> None:
