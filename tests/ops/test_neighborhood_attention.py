@@ -14,14 +14,14 @@ from jax.sharding import AxisType, PartitionSpec
 
 from portable import parity
 from portable.ops import neighborhood_attention, neighborhood_plan
-from portable.ops._neighborhood_attention import halo, reference, tables, xla_cache, xla_tiles
+from portable.ops._neighborhood_attention import halo, reference, tables, xla_cache, xla_tiles, xla_vmem
 from portable.ops._neighborhood_attention.cases import CASES
 from portable.parity import hlo
 from portable.parity.numbers import relative
 from portable.parity.roofline import roofline
 from tests.oracles import need
 
-FORMS = ["xla_cache", "xla_tiles"]
+FORMS = ["xla_cache", "xla_tiles"]  # the forms differ in a setting
 X = jax.random.normal(jax.random.key(0), (2, 7, 9, 4, 8))
 
 
@@ -373,7 +373,7 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("platform, form", [("cpu", xla_cache), ("tpu", xla_tiles)])
+@pytest.mark.parametrize("platform, form", [("cpu", xla_cache), ("tpu", xla_vmem), ("cuda", xla_tiles)])
 def test_the_plan_equals_what_is_enumerated(pattern, platform, form):
     plan = neighborhood_plan(*pattern, heads=2, dim=8, platform=platform)
     seen = table(*pattern)
