@@ -1,10 +1,14 @@
 """Flax NNX layers over `portable.ops`, written for NNX's tree mode: no shared Variables, no mutation in a call."""
 
+from portable.nn.attention import Attention as Attention
+from portable.nn.attention import AttentionState as AttentionState
+from portable.nn.attention import rotary as rotary
 from portable.nn.conv import CausalConv1d as CausalConv1d
 from portable.nn.linear import dot_general as dot_general
 from portable.nn.mamba2 import Mamba2 as Mamba2
 from portable.nn.mamba2 import Mamba2State as Mamba2State
 from portable.nn.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
+from portable.nn.neighborhood_attention import NeighborhoodState as NeighborhoodState
 from portable.nn.norm import RMSNorm as RMSNorm
 from portable.nn.padding import align_left as align_left
 from portable.nn.stack import Stack as Stack

@@ -1,0 +1,305 @@
+"""Multi-head attention with rotary positions, grouped keys, sliding windows and a cache for decoding."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from portable import ops
+from portable.checks import check_values
+from portable.nn.linear import dot_general
+from portable.nn.norm import RMSNorm
+from portable.nn.padding import align_left
+
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+
+
+def rotary(
+    x: Float[Array, "b t h e"], positions: Int[Array, "b t"] | Int[Array, " t"], *, theta: float = 10000.0, dims=None
+) -> Float[Array, "b t h e"]:
+    """Rotates pairs of channels by angles that grow with the position (RoPE, Su et al., arXiv:2104.09864).
+
+    Channel i is paired with i + dims / 2, as in the checkpoints of Llama and its successors, and turned by
+    position * theta ** (-2 i / dims).
+
+    Args:
+      x: [b, t, h, e].
+      positions: [b, t] or [t].
+      theta: base of the frequencies.
+      dims: channels that are rotated, the first ones; None for all.
+
+    Returns:
+      [b, t, h, e] in the dtype of x; angles are float32.
+
+    Raises:
+      ValueError: dims is odd or exceeds e.
+    """
+    dims = x.shape[-1] if dims is None else dims
+    if dims % 2 or not 0 < dims <= x.shape[-1]:
+        raise ValueError(f"rotary: dims must be even and at most the head's {x.shape[-1]} channels; got {dims}.")
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+    frequencies = theta ** (-jnp.arange(0, dims, 2, dtype=wide) / dims)
+    angles = positions[..., None, None].astype(wide) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    low, high, rest = jnp.split(x, [dims // 2, dims], axis=-1)
+    low, high = low.astype(wide), high.astype(wide)
+    turned = [low * cos - high * sin, high * cos + low * sin]
+    return jnp.concatenate([*(z.astype(x.dtype) for z in turned), rest], axis=-1)
+
+
+class AttentionState(NamedTuple):
+    """What decoding carries.
+
+    Attributes:
+      k, v: [b, s, g, e]; position p of a row lies at p % s.
+      positions: [b, s] int32, -1 where there is nothing.
+      length: [b] int32, positions read so far.
+    """
+
+    k: Float[Array, "b s g e"]
+    v: Float[Array, "b s g e"]
+    positions: Int[Array, "b s"]
+    length: Int[Array, " b"]
+
+
+class Attention(nnx.Module):
+    """Projections and positions around `portable.ops.attention`.
+
+    Attributes:
+      query, key, value: Linear from d to heads * head_dim. out: Linear back to d.
+      query_norm, key_norm: RMSNorm over a head's channels, or None.
+      sinks: Param [h], or None.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        is_causal: bool = True,
+        window: int | None = None,
+        rope_theta: float | None = 10000.0,
+        rope_dims: int | None = None,
+        qk_norm: bool = False,
+        qk_norm_eps: float = 1e-6,
+        soft_cap: float | None = None,
+        sinks: bool = False,
+        scale: float | None = None,
+        use_qkv_bias: bool = False,
+        use_out_bias: bool = False,
+        kernel_init: nnx.Initializer = _KERNEL_INIT,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Args:
+        d: width of the input and the output.
+        num_heads: heads of the queries.
+        num_kv_heads: heads of keys and values, which divide num_heads; None takes num_heads.
+        head_dim: channels a head; None takes d / num_heads.
+        is_causal: whether a position sees none behind it.
+        window: a position sees the last `window` ones, its own among them (and as many behind it, if not causal).
+        rope_theta: base of the rotary frequencies (`rotary`); None for no positions.
+        rope_dims: channels that are rotated; None for all.
+        qk_norm: RMSNorm of queries and keys, head by head, before the rotation (Qwen 3, Gemma 3).
+        qk_norm_eps: of these norms.
+        soft_cap, scale: of `portable.ops.attention`.
+        sinks: a learned logit for each head beside the scores (gpt-oss).
+        use_qkv_bias, use_out_bias: biases on the projections.
+        kernel_init: of the projections.
+        dtype: of activations and matrix products; sums are float32.
+        param_dtype: dtype of the Params.
+        rngs: source of the initial Params.
+
+        Raises:
+          ValueError: the heads do not divide the width or each other, or window is not positive.
+        """
+        kv_heads = num_kv_heads or num_heads
+        if head_dim is None and d % num_heads:
+            raise ValueError(f"Attention: num_heads must divide d; got d={d}, num_heads={num_heads}. Or give head_dim.")
+        if num_heads % kv_heads:
+            raise ValueError(
+                f"Attention: num_kv_heads must divide num_heads; got num_heads={num_heads}, num_kv_heads={kv_heads}."
+            )
+        if window is not None and window < 1:
+            raise ValueError(f"Attention: window must be at least 1; got {window}. None is no window.")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim or d // num_heads
+        self.is_causal, self.window, self.soft_cap, self.scale = is_causal, window, soft_cap, scale
+        self.rope_theta, self.rope_dims, self.dtype = rope_theta, rope_dims, dtype
+
+        def linear(i: int, o: int, axes: tuple[str, str], bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                i,
+                o,
+                use_bias=bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=kernel_init,
+                dot_general=dot_general,
+                kernel_metadata={"axes": axes},
+                bias_metadata={"axes": axes[1:]},
+                rngs=rngs,
+            )
+
+        inner, kv_inner = num_heads * self.head_dim, kv_heads * self.head_dim
+        self.query = linear(d, inner, ("embed", "heads"), use_qkv_bias)
+        self.key = linear(d, kv_inner, ("embed", "heads"), use_qkv_bias)
+        self.value = linear(d, kv_inner, ("embed", "heads"), use_qkv_bias)
+        self.out = linear(inner, d, ("heads", "embed"), use_out_bias)
+        self.query_norm = self.key_norm = self.sinks = nnx.data(None)
+        if qk_norm:
+            norms = [RMSNorm(self.head_dim, eps=qk_norm_eps, axis=None, param_dtype=param_dtype) for _ in range(2)]
+            self.query_norm, self.key_norm = norms
+        if sinks:
+            self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), axes=("heads",))
+
+    def __call__(
+        self,
+        u: Float[Array, "b t d"],
+        *,
+        state: AttentionState | None = None,
+        lengths: Int[Array, " b"] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Attends over a sequence.
+
+        Args:
+          u: [b, t, d].
+          state: from `init_state` or an earlier call, to continue from.
+          lengths: [b] real positions of right-padded rows.
+          mask: [b, t] true at the real positions of rows padded on any side; not together with `lengths`.
+          segment_ids: [b, t] integers; a position sees its own segment (packed documents). What a state holds belongs
+            to the first one, and the last one is what it holds afterwards. Each stays in one run.
+          return_state: whether the state behind each row's last real position is returned too; needs `state`.
+
+        Returns:
+          y [b, t, d] in the layer's dtype (at padded positions without meaning), or (y, state).
+
+        Raises:
+          ValueError: shapes do not fit, both lengths and mask are given, a layer that is not causal is given a state,
+            or a concrete state is too short for what is added.
+        """
+        self._check(u, 3)
+        inverse = None
+        if mask is not None:
+            if lengths is not None:
+                raise ValueError("Attention: give lengths (right padding) or mask (any padding), not both.")
+            indices, inverse, lengths = align_left(mask)
+            u = jnp.take_along_axis(u, indices[..., None], axis=1)
+            if segment_ids is not None:
+                segment_ids = jnp.take_along_axis(segment_ids, indices, axis=1)
+        if state is None and return_state:
+            raise ValueError(
+                "Attention: return_state needs a state to write to; give state=layer.init_state(b, length)."
+            )
+        if state is not None and not self.is_causal:
+            raise ValueError("Attention: a layer that is not causal has no state; call it on the whole sequence.")
+        t = u.shape[1]
+        real = None if lengths is None else jnp.arange(t) < lengths[:, None]
+        positions = jnp.arange(t, dtype=jnp.int32)
+        if state is None:
+            q, k, v = self._project(u, positions)
+            y = self._attend(q, k, v, key_mask=real, segment_ids=segment_ids)
+        else:
+            positions = state.length[:, None] + positions
+            q, k, v = self._project(u, positions)
+            y, state = self._extend(q, k, v, positions, real, segment_ids, state)
+        y = self.out(y.reshape(*u.shape[:2], -1))
+        if inverse is not None:
+            y = jnp.take_along_axis(y, inverse[..., None], axis=1)
+        return (y, state) if return_state else y
+
+    def init_state(self, batch: int, length: int) -> AttentionState:
+        """Returns the state before any position, for `batch` rows of at most `length` positions."""
+        held = length if self.window is None else min(length, self.window)
+        zeros = jnp.zeros((batch, held, self.num_kv_heads, self.head_dim), self.dtype)
+        return AttentionState(zeros, zeros, jnp.full((batch, held), -1, jnp.int32), jnp.zeros((batch,), jnp.int32))
+
+    def step(self, u: Float[Array, "b d"], state: AttentionState) -> tuple[Float[Array, "b d"], AttentionState]:
+        """Attends from one position: (u [b, d], state) -> (y [b, d], state). Equal to a call with t = 1."""
+        self._check(u, 2)
+        y, state = self(u[:, None], state=state, return_state=True)
+        return y[:, 0], state
+
+    def _extend(self, q, k, v, positions, real, segment_ids, state: AttentionState):
+        """Attends from new positions to the state and to themselves; returns (y, the state with them)."""
+        b, t, held = *positions.shape, state.k.shape[1]
+        count = jnp.full((b,), t, jnp.int32) if real is None else jnp.sum(real, axis=1, dtype=jnp.int32)
+        after = state.length + count
+        if self.window is None:
+            check_values(
+                lambda n: n <= held,
+                f"Attention: the state holds {held} positions, and more came; give init_state a larger length.",
+                after,
+            )
+        segments = None
+        if segment_ids is not None and t:
+            segments = (segment_ids, jnp.broadcast_to(segment_ids[:, :1], (b, held)))
+        new = jnp.where(real, positions, -1) if real is not None else positions
+        # A position that a later one of the same call overwrites is not written at all.
+        kept = (new >= 0) & (new >= after[:, None] - held)
+        slots = jnp.where(kept, new % max(1, held), held + jnp.arange(t))
+        rows = jnp.arange(b)[:, None]
+
+        def write(cache, values):
+            return cache.at[rows, slots].set(values.astype(cache.dtype), mode="drop", unique_indices=True)
+
+        placed = new
+        if segments is not None:
+            last = jnp.take_along_axis(segment_ids, jnp.maximum(count - 1, 0)[:, None], axis=1)
+            placed = jnp.where(segment_ids == last, new, -1)
+            earlier = jnp.where((segments[1] == last) | (count == 0)[:, None], state.positions, -1)
+        else:
+            earlier = state.positions
+        written = AttentionState(write(state.k, k), write(state.v, v), write(earlier, placed), after)
+        if self.window is None and segments is None:  # nothing is overwritten: the new state has every key
+            seen = (written.k, written.v, written.positions)
+        else:
+            seen = (jnp.concatenate(z, axis=1) for z in [(state.k, k), (state.v, v), (state.positions, new)])
+            segments = None if segments is None else (segments[0], jnp.concatenate(segments[::-1], axis=1))
+        k, v, kv_positions = seen
+        y = self._attend(
+            q,
+            k,
+            v,
+            key_mask=kv_positions >= 0,
+            segment_ids=segments,
+            q_positions=positions,
+            kv_positions=kv_positions,
+        )
+        return y, written
+
+    def _attend(self, q, k, v, **options):
+        return ops.attention(
+            q,
+            k,
+            v,
+            is_causal=self.is_causal,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            sinks=None if self.sinks is None else jnp.asarray(self.sinks[...]),
+            scale=self.scale,
+            **options,
+        )
+
+    def _project(self, u, positions):
+        u = u.astype(self.dtype)
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        made = zip((self.query, self.key, self.value), heads, strict=True)
+        q, k, v = (f(u).reshape(*u.shape[:2], n, self.head_dim) for f, n in made)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rope_theta is not None:
+            q, k = (rotary(z, positions, theta=self.rope_theta, dims=self.rope_dims) for z in (q, k))
+        return q, k, v
+
+    def _check(self, u, rank: int) -> None:
+        wanted = "[b, t, d]" if rank == 3 else "[b, d]"
+        if getattr(u, "ndim", None) != rank or u.shape[-1] != self.query.in_features:
+            found = list(u.shape) if hasattr(u, "shape") else type(u).__name__
+            raise ValueError(f"Attention: u must be {wanted} with d={self.query.in_features}; got {found}.")
