@@ -128,15 +128,16 @@ def save(
         known = ", ".join(family.model.__name__ for family in MODELS.values())
         raise TypeError(f"save: model must be one of {known}, got {type(model).__name__}.")
     config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
-    if format is None and (format := config.formats[0]) != "transformers":
+    chosen: str = format or config.formats[0]
+    if format is None and chosen != "transformers":
         warnings.warn(
-            f"save: transformers lacks an option of this model, so {folder} is in {format}' format, which "
+            f"save: transformers lacks an option of this model, so {folder} is in {chosen}' format, which "
             "transformers cannot load; format= chooses it without this warning.",
             stacklevel=2,
         )
-    config_dict = config.to_dict(format)
-    tensors = checkpoint.tensors_of(nn.unstack(model), family.weight_map(format, config))
-    if format == "transformers":
+    config_dict = config.to_dict(chosen)
+    tensors = checkpoint.tensors_of(nn.unstack(model), family.weight_map(chosen, config))
+    if chosen == "transformers":
         largest = max(tensors.values(), key=lambda source: source.nbytes)
         config_dict = {**config_dict, "dtype": largest.dtype.name}
     checkpoint.write(Path(folder).expanduser(), config_dict, tensors, max_shard_size)

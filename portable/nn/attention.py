@@ -237,7 +237,7 @@ class Attention(nnx.Module):
                 f"Attention: the state holds {held} positions, and more came; give init_state a larger length.",
                 after,
             )
-        segments = None
+        segments: Any = None
         if segment_ids is not None and t:
             segments = (segment_ids, jnp.broadcast_to(segment_ids[:, :1], (b, held)))
         new = jnp.where(real, positions, -1) if real is not None else positions
@@ -250,7 +250,7 @@ class Attention(nnx.Module):
             return cache.at[rows, slots].set(values.astype(cache.dtype), mode="drop", unique_indices=True)
 
         placed = new
-        if segments is not None:
+        if segment_ids is not None and segments is not None:
             last = jnp.take_along_axis(segment_ids, jnp.maximum(count - 1, 0)[:, None], axis=1)
             placed = jnp.where(segment_ids == last, new, -1)
             earlier = jnp.where((segments[1] == last) | (count == 0)[:, None], state.positions, -1)
@@ -274,7 +274,7 @@ class Attention(nnx.Module):
         )
         return y, written
 
-    def _attend(self, q, k, v, **options):
+    def _attend(self, q, k, v, **options) -> Any:
         return ops.attention(
             q,
             k,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ class NeighborhoodAttention(nnx.Module):
           ValueError: shapes do not fit, or space is smaller than a window and `pad_small` is off.
         """
         q, k, v = self._project(u, len(self.window))
-        y = ops.neighborhood_attention(
+        y: Any = ops.neighborhood_attention(
             q,
             k,
             v,
@@ -219,8 +219,8 @@ class NeighborhoodAttention(nnx.Module):
         """Attends from q [b, *rest, h, e] to keys [b, slices, *rest, g, e] of those slices that are seen."""
         b, slices, *rest, _, _ = k.shape
         if not rest:
-            mask = jnp.broadcast_to(seen, (b, slices))
-            return ops.attention(q[:, None], k, v, key_mask=mask)[:, 0]
+            y: Any = ops.attention(q[:, None], k, v, key_mask=jnp.broadcast_to(seen, (b, slices)))
+            return y[:, 0]
         many = jnp.broadcast_to(q[:, None], (b, slices, *q.shape[1:]))
         y, lse = ops.neighborhood_attention(
             *(z.reshape(b * slices, *z.shape[2:]) for z in (many, k, v)),
