@@ -83,8 +83,8 @@ def all_pairs(q, k, v):
     """Attention of all to all in memory linear in the length: the library's, else queries in blocks."""
     b, x, y, h, d = q.shape
     flat = [z.reshape(b, x * y, h, d) for z in (q, k, v)]
-    if hasattr(portable.ops, "attention"):
-        return portable.ops.attention(*flat).reshape(q.shape)
+    if attention := getattr(portable.ops, "attention", None):
+        return attention(*flat).reshape(q.shape)
 
     def block(rows):
         scores = jnp.einsum("bqhk,bshk->bhqs", rows, flat[1]) * d**-0.5
@@ -204,7 +204,8 @@ def plane(rounds: int) -> list[report.Row]:
 def strided(rounds: int) -> list[report.Row]:
     """256 x 256, windows of 80 x 80, 1 head of 64: the plan's FLOPs and its bound."""
     q, k, v = _arrays(1, 256, 256, 1, 64)
-    rows, programs, plans = [], {}, {}
+    rows, plans = [], {}
+    programs: dict[str, Callable] = {}
     for stride in (16, 1):
         plans[stride] = portable.ops.neighborhood_plan((256, 256), 80, stride, heads=1, dim=64)
         done, info = compiled(functools.partial(na, window=80, stride=stride), q, k, v)

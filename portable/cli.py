@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a model on text files; continues where it was stopped",
     "convert": "read a checkpoint in one format and write it in another",
     "bench": "time ops and models on this machine",
+    "plan": "what neighborhood attention will cost, and what a query sees",
     "parity": "every op and model on every device, run or compiled",
 }
 EPILOG = """examples:

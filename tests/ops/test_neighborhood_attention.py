@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import math
 import random
 import warnings
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from portable import parity
+from portable import cli, parity
 from portable.ops import neighborhood_attention, neighborhood_plan
 from portable.ops._neighborhood_attention import halo, reference, tables, xla_cache, xla_tiles, xla_vmem
 from portable.ops._neighborhood_attention.cases import CASES
@@ -486,3 +487,28 @@ def test_bad_input_is_a_sentence(name):
 def test_bad_plans_are_sentences(args, kwargs, sentence):
     with pytest.raises(ValueError, match=f"^neighborhood_plan: .*{sentence}"):
         neighborhood_plan(*args, **kwargs)
+
+
+def test_the_command_shows_the_plan_and_what_a_query_sees(capsys):
+    assert (
+        cli.main(["plan", "9x12", "--window", "3,5", "--stride", "3,1", "--query", "4,0", "--target", "tpu-v6e"]) == 0
+    )
+    text = capsys.readouterr().out
+    plan = neighborhood_plan((9, 12), (3, 5), (3, 1), platform="tpu")
+    assert f"at most {plan.speedup:.2f}" in text
+    assert "ms on a TPU v6e chip" in text
+    shown = [line.replace(" ", "") for line in text.splitlines()[-9:]]
+    assert shown == ["·" * 12] * 3 + ["#####+++++++", "@####+++++++", "#####+++++++"] + ["·" * 12] * 3
+    assert cli.main(["plan", "256x256", "--window", "80", "--stride", "16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["speedup"] == pytest.approx(10.24)
+    assert cli.main(["plan", "8", "--window", "3", "--dilation", "2", "--causal", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "# · # · @ · + ·"
+    for bad, sentence in (
+        (["8x", "--window", "3"], "space must be numbers"),
+        (["8", "--window", "9"], "must fit into the axis"),
+        (["8", "--window", "3,3"], "--window must be a number or 1 of them"),
+        (["8", "--window", "3", "--query", "8"], "--query must lie in the space"),
+        (["8", "--window", "3", "--target", "abacus"], "no target called"),
+    ):
+        assert cli.main(["plan", *bad]) == 2
+        assert sentence in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import numbers
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -108,9 +109,9 @@ def prepare(
     v,
     *,
     window,
-    stride=1,
-    dilation=1,
-    is_causal=False,
+    stride: Any = 1,
+    dilation: Any = 1,
+    is_causal: Any = False,
     scale=None,
     rel_pos_bias=None,
     extra_k=None,
@@ -135,7 +136,7 @@ def prepare(
     h, g = sizes["h"], sizes["g"]
     if g == 0 or h % g:
         raise ValueError(f"{OP}: k and v must be [b, *space, g, ...] with h % g == 0; got h={h}, g={g}.")
-    options = pattern(OP, space, window, stride, dilation, is_causal, pad_small)
+    options: dict[str, Any] = pattern(OP, space, window, stride, dilation, is_causal, pad_small)
     if (extra_k is None) != (extra_v is None):
         raise ValueError(f"{OP}: extra_k and extra_v belong together; got only one of them. Give both or neither.")
     check_shape(OP, "extra_k", extra_k, "b e g k", sizes)
@@ -151,11 +152,13 @@ def prepare(
     options["scale"] = float(sizes["k"] ** -0.5 if scale is None and sizes["k"] else scale or 0)
     wide = accumulator(q, k, v, rel_pos_bias, extra_k, extra_v)
     dtype = wide if wide == jnp.float64 else q.dtype  # one argument in float64 takes all there
-    q, k, v, extra_k, extra_v = (None if x is None else x.astype(dtype) for x in (q, k, v, extra_k, extra_v))
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    extra_k, extra_v = (None if x is None else x.astype(dtype) for x in (extra_k, extra_v))
     if rel_pos_bias is not None:
         rel_pos_bias = rel_pos_bias.astype(wide)
     if key_mask is not None:  # what masked positions hold must not get into a product: 0 * nan is nan
-        k, v = (jnp.where(key_mask[..., None, None], x, 0) for x in (k, v))
+        seen = key_mask[..., None, None]
+        k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
     return vary_together(q, k, v, rel_pos_bias, extra_k, extra_v, key_mask), options
 
 

@@ -152,7 +152,7 @@ class _Call:
         if self.extra_k is not None:
             more = dot(self.extra_k, "bKgk")
             highest = jnp.maximum(highest, more.max(axis, keepdims=True, initial=-jnp.inf))
-        highest = jnp.where(highest == -jnp.inf, 0, highest)
+        highest = jax.lax.stop_gradient(jnp.where(highest == -jnp.inf, 0, highest))  # it cancels
         weights = jnp.exp(scores - highest)
         total = weights.sum(axis, keepdims=True)
         if more is not None:

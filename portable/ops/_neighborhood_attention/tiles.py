@@ -4,9 +4,12 @@ Letters: b batch, G dilation groups, g key heads, r query heads of a key head, n
 M tiles, R rows of a tile (r times its queries), K keys of a tile.
 """
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,13 +59,13 @@ class Cut:
         pad = ((0, 0), (0, self.padded - tiles.axis.size))
         shape = (len(first), self.trips, taken, tiles.tile)
         self.first, self.end = (np.pad(x, pad, mode="edge").reshape(shape) for x in (first, end))
-        # Steps differ in few ways: the ones inside are alike.
-        key = np.arange(tiles.width)
-        low, high = (x - starts[None, :, :, None] for x in (self.first, self.end))
-        sees = (key >= low[..., None]) & (key < high[..., None])  # [G or 1, trips, taken, tile, width]
-        sees = np.moveaxis(sees, 1, 0)
-        found = np.unique(sees.reshape(self.trips, -1), axis=0, return_index=True, return_inverse=True)
-        self.kinds, self.kind = sees[found[1]], found[2].reshape(self.trips)
+        # Steps differ in few ways, as those inside are alike: [kinds, G or 1, taken, tile, width].
+        relative = np.stack([self.first, self.end], 1) - starts[None, None, :, :, None]
+        relative = np.moveaxis(relative, 2, 0)
+        found = np.unique(relative.reshape(self.trips, -1), axis=0, return_index=True, return_inverse=True)
+        low, high = np.moveaxis(relative[found[1]], 2, 0)[..., None]
+        self.kinds = (np.arange(tiles.width) >= low) & (np.arange(tiles.width) < high)
+        self.kind = found[2].reshape(self.trips)
 
     @property
     def queries(self) -> int:
@@ -173,13 +176,15 @@ def mask(cuts: Sequence[Cut], steps, rows: int, dtype, *, flip: bool):
 
 def _mask(sees: Sequence, cuts: Sequence[Cut], rows: int, flip: bool):
     """Returns what is seen on all axes [1, G or 1, 1, M, R, K], of [G or 1, taken, tile, width] on each axis."""
-    rank, seen = len(cuts), None
-    for i, one in enumerate(sees):
+    rank = len(cuts)
+
+    def spread(i, one):  # the axes' own dimensions apart: groups, then tiles, queries, keys
         shape = [1] * (4 * rank)
-        for j, size in zip((i, rank + i, 2 * rank + i, 3 * rank + i), one.shape, strict=True):
-            shape[j] = size
-        seen = one.reshape(shape) if seen is None else seen & one.reshape(shape)
-    xp = np if isinstance(seen, np.ndarray) else jnp
+        shape[i::rank] = one.shape
+        return one.reshape(shape)
+
+    seen: Any = functools.reduce(operator.and_, (spread(i, one) for i, one in enumerate(sees)))
+    xp: Any = np if isinstance(seen, np.ndarray) else jnp
     if math.prod(seen.shape[:rank]) > 1:
         seen = xp.broadcast_to(seen, (*(c.tiles.axis.dilation for c in cuts), *seen.shape[rank:]))
     groups, M, Q, K = (math.prod(seen.shape[i * rank : (i + 1) * rank]) for i in range(4))
