@@ -141,13 +141,12 @@ class _Call:
         scores = dot(k, "bGgMKk")
         if bias is not None:
             scores = scores + (jnp.swapaxes(bias, -1, -2) if flip else bias)
-        seen = tiles.mask(self.cuts, steps, self.h // self.g, flip=flip)
+        mask = tiles.mask(self.cuts, steps, self.h // self.g, scores.dtype, flip=flip)
+        if mask is not None:
+            scores = scores + mask
         if self.seen is not None:
             shown = self.keys(self.seen, steps)
-            shown = shown if flip else jnp.swapaxes(shown, -1, -2)
-            seen = shown if seen is None else seen & shown
-        if seen is not None:
-            scores = jnp.where(seen, scores, -jnp.inf)
+            scores = jnp.where(shown if flip else jnp.swapaxes(shown, -1, -2), scores, -jnp.inf)
         highest = scores.max(axis, keepdims=True)
         more = None
         if self.extra_k is not None:

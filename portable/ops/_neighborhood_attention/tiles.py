@@ -154,12 +154,12 @@ def add_keys(total, x, cuts: Sequence[Cut], steps):
     return jax.lax.dynamic_update_slice(total, old + x, starts)
 
 
-def mask(cuts: Sequence[Cut], steps, rows: int, *, flip: bool):
-    """Returns which keys of its tile a row sees, [1, G or 1, 1, M, R, K]; None where all see all.
+def mask(cuts: Sequence[Cut], steps, rows: int, dtype, *, flip: bool):
+    """Returns 0 for the keys of its tile that a row sees, else -inf: [1, G or 1, 1, M, R, K]; None where all see all.
 
     `rows` is r, the query heads in a row's place. With `flip` keys stand before rows. Where few kinds of steps have
-    small tiles the masks are constants, and a step picks one: comparisons made in a step would be worked into each pass
-    over the scores.
+    small tiles what is seen is a constant, and a step picks one: comparisons made in a step would be worked into each
+    pass over the scores.
     """
     if not any(c.tiles.masked for c in cuts):
         return None
@@ -169,8 +169,10 @@ def mask(cuts: Sequence[Cut], steps, rows: int, *, flip: bool):
         kind = 0
         for cut, step in zip(cuts, steps, strict=True):
             kind = kind * len(cut.kinds) + at(cut.kind, step)
-        return jnp.asarray(table[kind]) if isinstance(kind, (int, np.integer)) else jnp.asarray(table)[kind]
-    return _mask([at(c.kinds[c.kind], step) for c, step in zip(cuts, steps, strict=True)], cuts, rows, flip)
+        seen = jnp.asarray(table[kind]) if isinstance(kind, (int, np.integer)) else jnp.asarray(table)[kind]
+    else:
+        seen = _mask([at(c.kinds[c.kind], step) for c, step in zip(cuts, steps, strict=True)], cuts, rows, flip)
+    return jnp.where(seen, 0, -jnp.inf).astype(dtype)
 
 
 def _mask(sees: Sequence, cuts: Sequence[Cut], rows: int, flip: bool):
