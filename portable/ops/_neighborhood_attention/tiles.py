@@ -18,7 +18,7 @@ import numpy as np
 from portable.ops._neighborhood_attention.tables import Axis, Tiling, bounds
 
 # Masks of up to so many bytes are constants of the program.
-CONSTANT_BYTES = 4 << 20
+CONSTANT_BYTES = 1 << 20
 
 
 def grouped(x, axes: Sequence[Axis]):
@@ -158,19 +158,20 @@ def mask(cuts: Sequence[Cut], steps, rows: int, dtype, *, flip: bool):
     """Returns 0 for the keys of its tile that a row sees, else -inf: [1, G or 1, 1, M, R, K]; None where all see all.
 
     `rows` is r, the query heads in a row's place. With `flip` keys stand before rows. Where few kinds of steps have
-    small tiles the masks are constants, and a step picks one: comparisons made in a step would be worked into each pass
-    over the scores.
+    small tiles what is seen is a constant, and a step picks one: comparisons made in a step would be worked into each
+    pass over the scores.
     """
     if not any(c.tiles.masked for c in cuts):
         return None
     sizes = [c.kinds.size // len(c.kinds) for c in cuts]
-    if math.prod(len(c.kinds) for c in cuts) * math.prod(sizes) * rows * 4 <= CONSTANT_BYTES:
+    if math.prod(len(c.kinds) for c in cuts) * math.prod(sizes) * rows <= CONSTANT_BYTES:
         table = np.stack([_mask(kinds, cuts, rows, flip) for kinds in itertools.product(*(c.kinds for c in cuts))])
-        table, kind = np.where(table, 0, -np.inf).astype(dtype), 0
+        kind = 0
         for cut, step in zip(cuts, steps, strict=True):
             kind = kind * len(cut.kinds) + at(cut.kind, step)
-        return jnp.asarray(table[kind]) if isinstance(kind, (int, np.integer)) else jnp.asarray(table)[kind]
-    seen = _mask([at(c.kinds[c.kind], step) for c, step in zip(cuts, steps, strict=True)], cuts, rows, flip)
+        seen = jnp.asarray(table[kind]) if isinstance(kind, (int, np.integer)) else jnp.asarray(table)[kind]
+    else:
+        seen = _mask([at(c.kinds[c.kind], step) for c, step in zip(cuts, steps, strict=True)], cuts, rows, flip)
     return jnp.where(seen, 0, -jnp.inf).astype(dtype)
 
 
