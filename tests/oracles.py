@@ -22,6 +22,8 @@ EXTRAS = {
     "grain": "train",
     "matplotlib": "train",
 }
+# NATTEN is in no extra: its build would fetch a torch of its own, and on a GPU's machine compile for an hour.
+NATTEN = "pip install --no-deps --no-build-isolation natten==0.21.7, in an environment with torch"
 
 
 def need(*names: str) -> ModuleType | tuple[ModuleType, ...]:
@@ -45,8 +47,9 @@ def need(*names: str) -> ModuleType | tuple[ModuleType, ...]:
             if missing.name is None or not name.startswith(missing.name.partition(".")[0]):
                 raise  # it is installed, and something inside it is broken
             extra = EXTRAS.get(name, "oracles")
+            command = f"pip install 'portable-jax[{extra}]' (a clone: pip install -e '.[{extra}]')"
             pytest.skip(
-                f"needs {name}: pip install 'portable-jax[{extra}]' (a clone: pip install -e '.[{extra}]')",
+                f"needs {name}: {NATTEN if name.startswith('natten') else command}",
                 allow_module_level=True,
             )
     if "torch" in names:
