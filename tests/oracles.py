@@ -21,6 +21,8 @@ EXTRAS = {
     "huggingface_hub": "hf",
     "grain": "train",
     "matplotlib": "train",
+    "PIL": "train",
+    "sklearn": "train",
 }
 
 
