@@ -8,7 +8,7 @@ from typing import Any
 from portable.checks import ConfigError
 from portable.training.options import TrainOptions
 
-DEFAULTS: dict[str, Any] = {"steps": 600, "batch_size": 64, "learning_rate": 2e-3, "weight_decay": 0.05}
+DEFAULTS: dict[str, Any] = {"steps": 700, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.05}
 _SIZES = ("embed_dim", "depths", "kernel_size", "patch_size", "drop_path")
 ONLY = ("size", "skip_broken", "shift", "flip", "label_smoothing", *_SIZES)
 
@@ -203,5 +203,6 @@ def _config(args: argparse.Namespace, images: Any):
         num_labels=len(images.classes),
         labels=images.classes,
         mlp_ratio=2.0,
+        initializer_range=0.1,  # the usual 0.02 is for wide models; branches of a narrow one would begin near zero
         drop_path_rate=0.1 if args.drop_path is None else args.drop_path,
     )

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     from portable.training.progress import reporter
 
     foreign = _train_images.ONLY if args.task == "text" else _TEXT_ONLY
-    if given := ["--" + name.replace("_", "-") for name in foreign if getattr(args, name) not in (None, False, [])]:
+    if given := ["--" + name.replace("_", "-") for name in foreign if _given(getattr(args, name))]:
         other = "image" if args.task == "text" else "text"
         raise ConfigError(f"--task {args.task} has no use for {', '.join(given)}: leave out what --task {other} takes.")
     options = _options(args)
@@ -140,6 +140,10 @@ def run(args: argparse.Namespace) -> int:
     held = f", held out {done.held_out:.3f} bits per byte" if done.held_out is not None else ""
     show.note(f"finished{held}; model in {folder / 'model'}, loss curve in {folder / 'loss.png'}")
     return 0
+
+
+def _given(value) -> bool:
+    return value is not None and value is not False and value != []  # 0 is given too
 
 
 def _options(args: argparse.Namespace) -> TrainOptions:

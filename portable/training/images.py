@@ -175,8 +175,8 @@ def read_images(
 
     Every image is opened here, so that a broken one is found before training begins. Where the folder holds `train`
     and `val` or `test`, these are the parts; otherwise the images whose path hashes to a multiple of 20 are held
-    out, if that leaves every class something to train on and is between a fiftieth and a quarter of all, and else
-    a twentieth of each class, at least one. Hidden files and folders are not looked at.
+    out, if every class is then in both parts and between a fiftieth and a quarter of all are held out, and else a
+    twentieth of each class, at least one. Hidden files and folders are not looked at.
 
     Args:
       folder: of the classes' folders.
@@ -376,10 +376,11 @@ def _split(found: list[tuple[Path, int]], folder: Path) -> tuple[list[list[tuple
     names = {path: path.relative_to(folder).as_posix() for path, _ in found}
     held = {path for path in names if in_twentieth(names[path])}
     rule = "sha256 of the path is a multiple of 20"
-    left = {label for path, label in found if path not in held}
-    if not (len(found) / 50 <= len(held) <= len(found) / 4 and left == {label for _, label in found}):
+    labels = {label for _, label in found}
+    there = [{label for path, label in found if (path in held) == part} for part in (False, True)]
+    if not (len(found) / 50 <= len(held) <= len(found) / 4 and there == [labels, labels]):
         held, rule = set(), "a twentieth of each class, by sha256 of the path"
-        for label in left | {label for _, label in found}:
+        for label in labels:
             own = [path for path, other in found if other == label]
             own.sort(key=lambda path: hashlib.sha256(names[path].encode()).hexdigest())
             held |= set(own[: max(1, len(own) // 20)]) if len(own) > 1 else set()

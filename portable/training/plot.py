@@ -68,7 +68,7 @@ def accuracy_curves(records: Sequence[dict], path: str | Path, *, title: str) ->
     left, *right = figure.subplots(1, 2 if held else 1, squeeze=False)[0]
     steps = [r["step"] for r in records]
     left.plot(steps, train, color="#4878a8", alpha=0.25, linewidth=0.8)
-    left.plot(steps, smooth(train), color="#1f4e79", linewidth=1.8, label="training, smoothed")
+    left.plot(steps, smooth(train), color="#1f4e79", linewidth=1.8, label="training (augmented), smoothed")
     left.set(xlabel="step", ylabel="loss, nats an image")
     left.set_title(title, loc="left", fontsize=11)
     if held:

@@ -86,7 +86,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
 
 
 def next_token(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns the loss of a language model, called as `model(tokens, segment_ids=segments)`, as `cross_entropy` does."""
+    """Returns `cross_entropy` of a language model, called as `model(tokens, segment_ids=segments)`."""
     return cross_entropy(model(batch["tokens"], segment_ids=batch["segments"]), batch["targets"])
 
 
