@@ -44,10 +44,10 @@ def run(args: argparse.Namespace, options: TrainOptions) -> int:
 
     loaded, prepared = _init(args)
     images = _read(args, loaded, prepared)
-    model, note = _model(args, images, loaded, options.seed)
     shift = images.preprocess.size // 8 if args.shift is None else args.shift
     smoothing = 0.1 if args.label_smoothing is None else args.label_smoothing
     task = training.ImageTask(images, training.ImageOptions(shift, args.flip, smoothing))
+    model, note = _model(args, images, loaded, options.seed)
     show = reporter(args.quiet)
     for line in (images.summary(), f"{type(model).__name__} with {parameters(model):,} parameters", *note):
         show.note(line)
@@ -157,7 +157,7 @@ def _model(args: argparse.Namespace, images: Any, loaded: Any, seed: int) -> tup
     drop = {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
     classes, note = images.classes, []
     if loaded is None:
-        config = _config(args, images)
+        config = new_config(args, images)
     else:
         config = dataclasses.replace(loaded.config, num_labels=len(classes), labels=classes, **drop)
         note = [f"weights of {args.init}"]
@@ -172,7 +172,7 @@ def _model(args: argparse.Namespace, images: Any, loaded: Any, seed: int) -> tup
     return model, note
 
 
-def _config(args: argparse.Namespace, images: Any):
+def new_config(args: argparse.Namespace, images: Any):
     """Returns the sizes of a new DiNAT: windows, every other one as wide as its level's image allows."""
     from portable.models.nat import NATConfig
 

@@ -153,7 +153,8 @@ def read_digits(*, hold_out: bool = True) -> Images:
     content = [(name, hashlib.sha256(image.tobytes()).hexdigest()) for name, image in zip(names, pixels, strict=True)]
     classes = tuple(str(i) for i in range(10))
     return Images(
-        *parts,
+        parts[0],
+        parts[1],
         classes,
         normalisation(parts[0].pixels, 8, 1, 1 / 16),
         "a stratified third, drawn from seed 0",

