@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = training.load_tokenizer(args.tokenizer)
     exclude = [*args.exclude, *_own_files(args.data, args.out)]
     text = training.read_text(args.data, include=args.include, exclude=exclude, hold_out=not args.no_held_out)
-    model = _model(args, tokenizer)
+    model = _model(args, tokenizer, options.seed)
     show = reporter(args.quiet)
     show.note(text.summary())
     show.note(f"{type(model).__name__} with {_train_images.parameters(model):,} parameters, {tokenizer.name}")
@@ -161,7 +161,7 @@ def _own_files(text: str, out: str) -> list[str]:
     return [glob.escape(run.relative_to(folder).as_posix()) + "/*"] if folder in run.parents else []
 
 
-def _model(args: argparse.Namespace, tokenizer):
+def _model(args: argparse.Namespace, tokenizer, seed: int):
     import jax.numpy as jnp
     from flax import nnx
 
@@ -199,7 +199,7 @@ def _model(args: argparse.Namespace, tokenizer):
             eos_token_id=tokenizer.separator,
             pad_token_id=tokenizer.separator,
         )
-    model = make(config, dtype=jnp.dtype(args.dtype), remat=args.remat or "none", rngs=nnx.Rngs(args.seed))
+    model = make(config, dtype=jnp.dtype(args.dtype), remat=args.remat or "none", rngs=nnx.Rngs(seed))
     if loaded is not None:
         nnx.update(model, nnx.state(loaded))
     return model
