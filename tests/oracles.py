@@ -21,6 +21,8 @@ EXTRAS = {
     "huggingface_hub": "hf",
     "grain": "train",
     "matplotlib": "train",
+    "PIL": "train",
+    "sklearn": "train",
 }
 # NATTEN is in no extra: its build would fetch a torch of its own, and on a GPU's machine compile for an hour.
 NATTEN = "pip install --no-deps --no-build-isolation natten==0.21.7, in an environment with torch"

@@ -1,4 +1,4 @@
-"""`portable train`: a language model from text files, resumable with the same command."""
+"""`portable train`: a language model from text files, or a model of images, resumable with the same command."""
 
 import argparse
 import dataclasses
@@ -6,6 +6,7 @@ import glob
 from pathlib import Path
 
 from portable.checks import ConfigError
+from portable.commands import _train_images
 from portable.nn.stack import REMAT
 from portable.training.options import SCHEDULES, TrainOptions
 
@@ -15,10 +16,15 @@ EXAMPLES = """examples:
   portable train book.txt --init MODEL_FOLDER --out runs/tuned --learning-rate 3e-4
   portable train corpus --tokenizer tokenizer.json --out runs/bpe --dtype bfloat16 --accumulate 4 --remat full
   portable train notes.txt --out runs/notes                     # the same command continues a run
+  portable train digits --task image --out runs/digits          # scikit-learn's digits, a tiny DiNAT
+  portable train photos --task image --size 64 --flip --out runs/photos    # photos/cat/1.jpg, photos/dog/2.png, ...
 
 Ctrl-C stops with a checkpoint. The folder of a run holds config.json, log.jsonl, loss.png, checkpoints/ and
 at the end model/, for `portable generate`. Text is held out by a hash of its path (a single file: its last
 twentieth) and quality is given in bits per byte of it.
+
+Images lie in a folder for each class, named as the class. They are held out by a hash of their path too, unless there
+are folders train/ and val/ or test/, and quality is given as accuracy; the pictures are curves.png and confusion.png.
 """
 
 _SIZES = (
@@ -28,9 +34,13 @@ _SIZES = (
     ("--head-dim", 64, "channels a head"),
 )
 
+# What only text has, and only images: given to the other task, they are refused.
+_TEXT_ONLY = ("include", "exclude", "tokenizer", "length", "eval_bytes", "remat")
+_TEXT_ONLY += tuple(name[2:].replace("-", "_") for name, _, _ in _SIZES)
+
 _HELP = {
     "steps": "optimizer steps of the whole run",
-    "batch_size": "windows a step",
+    "batch_size": "windows or images a step",
     "length": "tokens a window",
     "accumulate": "microbatches a step is computed in, to save memory",
     "learning_rate": "peak of the schedule",
@@ -42,7 +52,7 @@ _HELP = {
     "beta2": "AdamW's",
     "epsilon": "AdamW's",
     "clip": "bound on the global gradient norm, 0 for none",
-    "seed": "of the weights and of the order of the text",
+    "seed": "of the weights and of the order of the data",
     "eval_every": "steps between held-out evaluations, 0 for one at the end",
     "eval_bytes": "held-out bytes looked at each time",
     "log_every": "steps between two looks at the losses",
@@ -53,32 +63,42 @@ _HELP = {
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.epilog = EXAMPLES
-    parser.add_argument("text", help="a text file, or a folder whose text files are found recursively")
+    parser.add_argument(
+        "data", help="a text file, or a folder whose text files are found recursively; or images, see --task"
+    )
+    parser.add_argument(
+        "--task",
+        choices=("text", "image"),
+        default="text",
+        help="what DATA is: text (default), or a folder with a folder of images for each class, or the word digits",
+    )
     parser.add_argument("--out", required=True, help="folder of the run")
+    parser.add_argument("--no-held-out", action="store_true", help="train on everything")
     text = parser.add_argument_group("text")
     text.add_argument(
         "--include", action="append", default=[], metavar="GLOB", help="only files that match, repeatable"
     )
     text.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="no files that match, repeatable")
-    text.add_argument("--no-held-out", action="store_true", help="train on everything")
     text.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; default: bytes")
+    _train_images.configure(parser)
     model = parser.add_argument_group("model (default: a new byte-level Mamba-2 of about a million parameters)")
     model.add_argument("--init", metavar="FOLDER", help="start from this model (a folder or a name on the hub)")
     for name, default, line in _SIZES:
         model.add_argument(name, type=int, metavar="N", help=f"{line} (default {default})")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    model.add_argument("--remat", choices=REMAT, default="none", help="what the backward pass recomputes")
+    model.add_argument("--remat", choices=REMAT, help="what the backward pass recomputes (default none)")
     model.add_argument("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the final weights")
     training = parser.add_argument_group("training")
     for field in dataclasses.fields(TrainOptions):
-        default = None if field.name == "warmup" else field.default
+        default = "" if field.name == "warmup" else f" (default {field.default}"
+        if field.name in _train_images.DEFAULTS:
+            default += f"; images {_train_images.DEFAULTS[field.name]}"
         training.add_argument(
             "--" + field.name.replace("_", "-"),
             type=type(field.default),
-            default=default,
             choices=SCHEDULES if field.name == "schedule" else None,
             metavar=None if field.name == "schedule" else "N" if isinstance(field.default, int) else "X",
-            help=_HELP[field.name] + ("" if default is None else " (default %(default)s)"),
+            help=_HELP[field.name] + (default and default + ")"),
         )
     training.add_argument("--max-minutes", type=float, metavar="X", help="stop with a checkpoint after this time")
     parser.add_argument("--quiet", action="store_true", help="show nothing while training")
@@ -89,17 +109,20 @@ def run(args: argparse.Namespace) -> int:
     from portable import training
     from portable.training.progress import reporter
 
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainOptions)}
-    if values["warmup"] is None:
-        values["warmup"] = min(100, args.steps // 10)
-    options = TrainOptions(**values)
+    foreign = _train_images.ONLY if args.task == "text" else _TEXT_ONLY
+    if given := ["--" + name.replace("_", "-") for name in foreign if _given(getattr(args, name))]:
+        other = "image" if args.task == "text" else "text"
+        raise ConfigError(f"--task {args.task} has no use for {', '.join(given)}: leave out what --task {other} takes.")
+    options = _options(args)
+    if args.task == "image":
+        return _train_images.run(args, options)
     tokenizer = training.load_tokenizer(args.tokenizer)
-    exclude = [*args.exclude, *_own_files(args.text, args.out)]
-    text = training.read_text(args.text, include=args.include, exclude=exclude, hold_out=not args.no_held_out)
-    model = _model(args, tokenizer)
+    exclude = [*args.exclude, *_own_files(args.data, args.out)]
+    text = training.read_text(args.data, include=args.include, exclude=exclude, hold_out=not args.no_held_out)
+    model = _model(args, tokenizer, options.seed)
     show = reporter(args.quiet)
     show.note(text.summary())
-    show.note(f"{type(model).__name__} with {_parameters(model):,} parameters, {tokenizer.name}")
+    show.note(f"{type(model).__name__} with {_train_images.parameters(model):,} parameters, {tokenizer.name}")
     done = training.fit(
         model,
         text,
@@ -119,13 +142,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _given(value) -> bool:
+    return value is not None and value is not False and value != []  # 0 is given too
+
+
+def _options(args: argparse.Namespace) -> TrainOptions:
+    values = {} if args.task == "text" else dict(_train_images.DEFAULTS)
+    for field in dataclasses.fields(TrainOptions):
+        if (value := getattr(args, field.name)) is not None:
+            values[field.name] = value
+    values.setdefault("warmup", min(100, values.get("steps", TrainOptions.steps) // 10))
+    return TrainOptions(**values)
+
+
 def _own_files(text: str, out: str) -> list[str]:
     """Returns a glob for the run's folder where it lies inside the folder of the text: it grows with every step."""
     folder, run = Path(text).resolve(), Path(out).resolve()
     return [glob.escape(run.relative_to(folder).as_posix()) + "/*"] if folder in run.parents else []
 
 
-def _model(args: argparse.Namespace, tokenizer):
+def _model(args: argparse.Namespace, tokenizer, seed: int):
     import jax.numpy as jnp
     from flax import nnx
 
@@ -137,6 +173,8 @@ def _model(args: argparse.Namespace, tokenizer):
         if sizes := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"--init brings its own sizes, got {', '.join(sizes)} too: leave them out.")
         loaded = models.load(args.init, dtype=jnp.float32)
+        if not isinstance(loaded, Mamba2LM):
+            raise ConfigError(f"--init {args.init} is {type(loaded).__name__}, a model of images: give --task image.")
         config, make = loaded.config, type(loaded)
         if config.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
@@ -161,14 +199,7 @@ def _model(args: argparse.Namespace, tokenizer):
             eos_token_id=tokenizer.separator,
             pad_token_id=tokenizer.separator,
         )
-    model = make(config, dtype=jnp.dtype(args.dtype), remat=args.remat, rngs=nnx.Rngs(args.seed))
+    model = make(config, dtype=jnp.dtype(args.dtype), remat=args.remat or "none", rngs=nnx.Rngs(seed))
     if loaded is not None:
         nnx.update(model, nnx.state(loaded))
     return model
-
-
-def _parameters(model) -> int:
-    import jax
-    from flax import nnx
-
-    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -96,6 +96,21 @@ class Windows:
         return f"Windows({len(self)} of {self.length} tokens)"
 
 
+def endless(source: Any, seed: int) -> Any:
+    """Returns the items of a source again and again, every epoch a new permutation, as grain's dataset.
+
+    Raises:
+      DataError: grain is not installed.
+    """
+    try:
+        import grain
+    except ImportError as error:
+        raise DataError(
+            "training needs the package `grain`, not installed here: pip install 'portable-jax[train]'."
+        ) from error
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat(None, reseed_each_epoch=True)
+
+
 class Batches:
     """Shuffled batches without end: `batches[step]` depends on the windows, the seed and the step, and
     nothing else.
@@ -104,15 +119,7 @@ class Batches:
     """
 
     def __init__(self, windows: Windows, batch_size: int, seed: int):
-        try:
-            import grain
-        except ImportError as error:
-            raise DataError(
-                "training needs the package `grain`, not installed here: pip install 'portable-jax[train]'."
-            ) from error
-        self._dataset = (
-            grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None, reseed_each_epoch=True).batch(batch_size)
-        )
+        self._dataset = endless(windows, seed).batch(batch_size)
 
     def __getitem__(self, step: int) -> Batch:
         """Returns the batch of `step` (from 0): arrays [batch_size, t]."""

@@ -15,6 +15,8 @@ _OURS = {
     "checkpoints",
     "model",
     "loss.png",
+    "curves.png",
+    "confusion.png",
     ".lock",
 }
 

@@ -12,8 +12,9 @@ from portable.checks import DataError
 class Log:
     """`log.jsonl`, opened where a run continues.
 
-    Each line is an object with `step` (from 1), `loss` (nats a token), `learning_rate`, `gradient_norm`, and
-    on some lines `held_out_bits_per_byte` and `tokens_per_second`.
+    Each line is an object with `step` (from 1), `loss` (nats a token or an image), `learning_rate`, `gradient_norm`,
+    and on some lines what was held out says (`held_out_bits_per_byte`; `held_out_accuracy`, `held_out_loss`) and the
+    speed (`tokens_per_second`, `images_per_second`).
     """
 
     def __init__(self, path: str | Path, *, after: int):

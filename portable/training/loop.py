@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import shutil
 import signal
 import threading
 import time
@@ -19,16 +18,15 @@ from flax import nnx
 
 from portable.checkpoint.orbax import TrainingCheckpoints
 from portable.checks import PortableError
-from portable.nn import stack, unstack
-from portable.training.data import Batches, Packed, Windows, pack
+from portable.nn import unstack
 from portable.training.folder import claim, lock
 from portable.training.log import Log
-from portable.training.metrics import bits_per_byte, sample
 from portable.training.options import TrainOptions
 from portable.training.progress import Report, Silent
 from portable.training.step import init_state, make_step
-from portable.training.text import Document, Text
-from portable.training.tokens import ByteTokenizer, Tokenizer
+from portable.training.task import Task, TextTask
+from portable.training.text import Text
+from portable.training.tokens import Tokenizer
 
 _AHEAD = 2  # steps the host may run ahead of the device
 
@@ -40,10 +38,12 @@ class Run:
     Attributes:
       status: "finished", "stopped" (Ctrl-C, SIGTERM or `until`) or "out of time".
       step: steps done, all calls together.
-      loss: of the last step, nats a token; None if this call made none.
-      held_out: bits per byte of held-out text at the end, if there is any and the run finished.
-      folder: with config.json, log.jsonl, loss.png, checkpoints/ and, when finished, model/.
+      loss: of the last step, nats a token or an image; None if this call made none.
+      held_out: bits per byte of held-out text, or accuracy on held-out images, at the end, if there are any and the
+        run finished.
+      folder: with config.json, log.jsonl, pictures of the curves, checkpoints/ and, when finished, model/.
       model: with the weights reached, layers as a list.
+      details: of a finished run on images, the `Classification` of those held out.
     """
 
     status: str
@@ -52,11 +52,12 @@ class Run:
     held_out: float | None
     folder: Path
     model: nnx.Module
+    details: Any = None
 
 
 def fit(
     model: nnx.Module,
-    text: Text,
+    data: Text | Task,
     options: TrainOptions,
     folder: str | Path,
     *,
@@ -66,18 +67,18 @@ def fit(
     until: int | None = None,
     save_dtype: str = "float32",
 ) -> Run:
-    """Trains a model on text, or continues the run in `folder` that the same arguments began.
+    """Trains a model on text or images, or continues the run in `folder` that the same arguments began.
 
     The batch is a pure function of the step, and checkpoints hold parameters, optimizer and step, so a run
     that is killed at any moment and called again goes through the same losses, bit for bit on the same
     machine and libraries.
 
     Args:
-      model: a language model with a list of layers; its weights are the starting point.
-      text: documents to train on and to hold out.
+      model: a language model with a list of layers, or what else the task trains; its weights are the starting point.
+      data: documents to train on and to hold out, or another task (`ImageTask`).
       options: of the run.
       folder: of the run; new, empty, or the one of this very run.
-      tokenizer: the byte tokenizer by default.
+      tokenizer: of text; the byte tokenizer by default.
       reporter: shows progress; nothing by default.
       max_minutes: stop with a checkpoint after this time.
       until: stop with a checkpoint after this step; the schedule is still that of all the steps.
@@ -85,11 +86,12 @@ def fit(
 
     Raises:
       CheckpointError: the folder is another run's, or a checkpoint cannot be written or read.
-      DataError: there is too little text, or the log cannot be written.
+      DataError: there is too little data, or the log cannot be written.
       PortableError: the loss is no longer finite.
     """
     began = time.monotonic()
-    return _Loop(model, text, options, Path(folder), tokenizer or ByteTokenizer(), reporter or Silent()).run(
+    task = TextTask(data, tokenizer) if isinstance(data, Text) else data
+    return _Loop(model, task, options, Path(folder), reporter or Silent()).run(
         began + 60 * max_minutes if max_minutes is not None else math.inf,
         options.steps if until is None else min(until, options.steps),
         save_dtype,
@@ -100,21 +102,17 @@ class _Loop:
     def __init__(
         self,
         model: nnx.Module,
-        text: Text,
+        task: Task,
         options: TrainOptions,
         folder: Path,
-        tokenizer: Tokenizer,
         reporter: Silent,
     ):
-        self.options, self.folder, self.tokenizer, self.reporter = options, folder, tokenizer, reporter
-        packed = pack(text.train, tokenizer)
-        self.batches = Batches(Windows(packed, options.length), options.batch_size, options.seed)
-        self.bits_per_nat = _bits_per_nat(packed)
-        self.held_out: Sequence[Document] = sample(text.held_out, options.eval_bytes)
-        for note in claim(folder, _description(model, text, options, tokenizer), _information()):
+        self.options, self.folder, self.task, self.reporter = options, folder, task, reporter
+        self.batches = task.batches(options)
+        for note in claim(folder, _description(model, task, options), _information()):
             reporter.note(note)
         self.lock = lock(folder)
-        self.graphdef, params, self.rest = nnx.split(stack(model), nnx.Param, ...)
+        self.graphdef, params, self.rest = nnx.split(task.prepare(model), nnx.Param, ...)
         self.state = init_state(params, options)
         self.step = 0
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -147,7 +145,7 @@ class _Loop:
 
     def _steps(self, checkpoints: TrainingCheckpoints, stop: "_Stop", deadline: float, until: int) -> str:
         options, first = self.options, self.step + 1
-        train = make_step(self.graphdef, self.rest, options)
+        train = make_step(self.graphdef, self.rest, options, self.task.loss)
         self.clock = time.monotonic()
         for step in range(first, until + 1):
             self.state, metrics = train(self.state, self.batches[step - 1])
@@ -190,10 +188,12 @@ class _Loop:
             seconds = max(time.monotonic() - self.clock, 1e-9)
             speed = sum(int(m["targets"]) for _, m in fetched) / seconds
             left = seconds / len(fetched) * (self.options.steps - self.step)
-            records[-1]["tokens_per_second"] = round(speed, 1)
+            records[-1][f"{self.task.unit}_per_second"] = round(speed, 1)
         bad = next((r for r in records if not math.isfinite(r["loss"])), None)
-        if bad is None and evaluate and self.held_out:
-            held = records[-1]["held_out_bits_per_byte"] = self._evaluate()
+        if bad is None and evaluate:
+            measured = self.task.evaluate(nnx.merge(self.graphdef, self.state.params, self.rest), self.options)
+            records[-1] |= measured
+            held = measured.get(self.task.measure)
         self.log.write(records)
         if bad is not None:
             raise PortableError(
@@ -201,33 +201,24 @@ class _Loop:
                 f"another folder with a learning rate below {self.options.learning_rate:g}."
             )
         loss = sum(r["loss"] for r in records) / len(records)
-        self.reporter.report(Report(self.step, self.options.steps, loss, loss * self.bits_per_nat, speed, left, held))
+        bits = None if self.task.bits_per_nat is None else loss * self.task.bits_per_nat
+        self.reporter.report(Report(self.step, self.options.steps, loss, bits, speed, left, held, self.task.unit))
         self.clock = time.monotonic()
-
-    def _evaluate(self) -> float:
-        model = nnx.merge(self.graphdef, self.state.params, self.rest)
-        return bits_per_byte(model, self.held_out, self.tokenizer).bits_per_byte
 
     def _end(self, status: str, save_dtype: str) -> Run:
         records = self.log.records
         model = unstack(nnx.merge(self.graphdef, self.state.params, self.rest))
-        held = None
+        held = details = None
         if status == "finished":
-            _save(model, self.folder / "model", save_dtype, self.tokenizer)
-            held = records[-1].get("held_out_bits_per_byte") if records else None
-        self._plot(records)
-        return Run(status, self.step, records[-1]["loss"] if records else None, held, self.folder, model)
+            self.task.save(_cast(model, save_dtype), self.folder / "model")
+            held = records[-1].get(self.task.measure) if records else None
+            details = self.task.examine(model)
+        self._plot(records, details)
+        return Run(status, self.step, records[-1]["loss"] if records else None, held, self.folder, model, details)
 
-    def _plot(self, records: Sequence[dict]) -> None:
+    def _plot(self, records: Sequence[dict], details: Any) -> None:
         try:
-            from portable.training.plot import loss_curve
-
-            loss_curve(
-                records,
-                self.folder / "loss.png",
-                bits_per_nat=self.bits_per_nat,
-                title=f"{self.folder.name}: bits per byte over {self.step} steps",
-            )
+            self.task.draw(records, details, self.folder, self.step)
         except ImportError:
             self.reporter.note("no loss curve was drawn: pip install 'portable-jax[train]' brings matplotlib.")
         except OSError as error:
@@ -257,20 +248,15 @@ class _Stop:
             signal.signal(number, handler)
 
 
-def _bits_per_nat(packed: Packed) -> float:
-    return len(packed.tokens) / packed.bytes / math.log(2)
-
-
-def _description(model: nnx.Module, text: Text, options: TrainOptions, tokenizer: Tokenizer) -> dict:
+def _description(model: nnx.Module, task: Task, options: TrainOptions) -> dict:
+    training = {name: value for name, value in options.trajectory().items() if name not in task.unused}
     return {
         "model": {"class": type(model).__name__} | dataclasses.asdict(model.config),  # pyright: ignore[reportAttributeAccessIssue]
         "initial_weights": _fingerprint(model),
         "compute_dtype": jnp.dtype(model.dtype).name,  # pyright: ignore[reportAttributeAccessIssue]
         "remat": getattr(model, "remat", "none"),
-        "training": options.trajectory(),
-        "tokenizer": tokenizer.name,
-        "text": text.fingerprint,
-    }
+        "training": training,
+    } | task.description()
 
 
 def _fingerprint(model: nnx.Module) -> str:
@@ -287,10 +273,6 @@ def _information() -> dict:
     return {"jax": jax.__version__, "platform": jax.default_backend()}
 
 
-def _save(model: nnx.Module, folder: Path, dtype: str, tokenizer: Tokenizer) -> None:
-    from portable import models
-
+def _cast(model: nnx.Module, dtype: str) -> nnx.Module:
     graphdef, variables = nnx.split(model)
-    models.save(nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), variables)), folder)
-    if source := getattr(tokenizer, "path", None):
-        shutil.copyfile(source, folder / "tokenizer.json")
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), variables))

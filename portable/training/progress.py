@@ -11,20 +11,29 @@ class Report:
 
     Attributes:
       step, steps: done and planned.
-      loss: nats a token, mean since the last report.
-      bits_per_byte: the same loss in bits per byte of text.
-      tokens_per_second: since the last report; None before there is a rate.
+      loss: nats a token or an image, mean since the last report.
+      bits_per_byte: the same loss in bits per byte of text; None where there is no text.
+      rate: tokens or images a second since the last report; None before there is one.
       seconds_left: at that rate.
-      held_out: bits per byte of held-out text, when it was just measured.
+      held_out: what the held-out part says, when it was just measured: bits per byte of text, accuracy on images.
+      unit: of the rate.
     """
 
     step: int
     steps: int
     loss: float
-    bits_per_byte: float
-    tokens_per_second: float | None
+    bits_per_byte: float | None
+    rate: float | None
     seconds_left: float | None
     held_out: float | None = None
+    unit: str = "tokens"
+
+    @property
+    def quality(self) -> str:
+        """`held_out` for people."""
+        if self.held_out is None:
+            return "-"
+        return f"{self.held_out:.2%}" if self.bits_per_byte is None else f"{self.held_out:.3f}"
 
 
 class Silent:
@@ -54,11 +63,12 @@ class Lines(Silent):
 
     def report(self, report: Report) -> None:
         parts = [f"step {report.step}/{report.steps}", f"loss {report.loss:.4f}"]
-        parts.append(f"{report.bits_per_byte:.3f} bits/byte")
+        if report.bits_per_byte is not None:
+            parts.append(f"{report.bits_per_byte:.3f} bits/byte")
         if report.held_out is not None:
-            parts.append(f"held out {report.held_out:.3f}")
-        if report.tokens_per_second is not None:
-            parts += [f"{report.tokens_per_second:,.0f} tokens/s", f"{duration(report.seconds_left)} left"]
+            parts.append(f"held out {report.quality}")
+        if report.rate is not None:
+            parts += [f"{report.rate:,.0f} {report.unit}/s", f"{duration(report.seconds_left)} left"]
         self.note("  ".join(parts))
 
     def note(self, text: str) -> None:
@@ -66,7 +76,7 @@ class Lines(Silent):
 
 
 class Bar(Silent):
-    """A rich progress bar with loss, bits per byte, tokens/s and time left."""
+    """A rich progress bar with loss, bits per byte of text, tokens or images a second and time left."""
 
     def __init__(self, console=None):
         from rich.console import Console
@@ -77,9 +87,8 @@ class Bar(Silent):
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss [cyan]{task.fields[loss]}"),
-            TextColumn("[cyan]{task.fields[bits]}[/] bits/byte"),
-            TextColumn("held out [magenta]{task.fields[held_out]}"),
-            TextColumn("[green]{task.fields[rate]}[/] tokens/s"),
+            TextColumn("{task.fields[bits]}held out [magenta]{task.fields[held_out]}"),
+            TextColumn("[green]{task.fields[rate]}"),
             TextColumn("{task.fields[left]} left"),
             console=console or Console(),
         )
@@ -87,7 +96,7 @@ class Bar(Silent):
 
     def start(self, step: int, steps: int) -> None:
         self._task = self._progress.add_task(
-            "", total=steps, completed=step, loss="-", bits="-", held_out="-", rate="-", left="-"
+            "", total=steps, completed=step, loss="-", bits="", held_out="-", rate="-", left="-"
         )
         self._progress.start()
 
@@ -95,11 +104,13 @@ class Bar(Silent):
         self._progress.update(self._task, completed=step)  # pyright: ignore[reportArgumentType]
 
     def report(self, report: Report) -> None:
-        fields = {"loss": f"{report.loss:.4f}", "bits": f"{report.bits_per_byte:.3f}"}
+        fields = {"loss": f"{report.loss:.4f}"}
+        if report.bits_per_byte is not None:
+            fields["bits"] = f"[cyan]{report.bits_per_byte:.3f}[/] bits/byte "
         if report.held_out is not None:
-            fields["held_out"] = f"{report.held_out:.3f}"
-        if report.tokens_per_second is not None:
-            fields |= {"rate": f"{report.tokens_per_second:,.0f}", "left": duration(report.seconds_left)}
+            fields["held_out"] = report.quality
+        if report.rate is not None:
+            fields |= {"rate": f"{report.rate:,.0f}[/] {report.unit}/s", "left": duration(report.seconds_left)}
         self._progress.update(self._task, completed=report.step, **fields)  # pyright: ignore[reportArgumentType]
 
     def note(self, text: str) -> None:

@@ -1,18 +1,18 @@
 """One optimizer step: schedule, loss, accumulation, update, compiled as one program."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from portable.training.data import IGNORE, Batch
+from portable.training.data import IGNORE
 from portable.training.options import TrainOptions
 
 # Scales, offsets and the decay and step parameters of state-space layers: pulling them to zero means nothing.
-_NOT_DECAYED = {"scale", "bias", "A_log", "D", "dt_bias"}
+_NOT_DECAYED = {"scale", "bias", "A_log", "D", "dt_bias", "gamma1", "gamma2", "rel_pos_bias"}
 
 
 class TrainState(NamedTuple):
@@ -85,6 +85,11 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
     return jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(real, dtype=jnp.int32)
 
 
+def next_token(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns `cross_entropy` of a language model, `model(tokens, segment_ids=segments)`, over a `Batch`."""
+    return cross_entropy(model(batch["tokens"], segment_ids=batch["segments"]), batch["targets"])
+
+
 def init_state(params: nnx.State, options: TrainOptions) -> TrainState:
     """Returns the state before the first step: a float32 copy of `params`, which a step may donate."""
     params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
@@ -92,26 +97,29 @@ def init_state(params: nnx.State, options: TrainOptions) -> TrainState:
 
 
 def make_step(
-    graphdef: nnx.GraphDef, rest: nnx.State, options: TrainOptions
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    graphdef: nnx.GraphDef,
+    rest: nnx.State,
+    options: TrainOptions,
+    loss: Callable[[Any, Any], tuple[jax.Array, jax.Array]] = next_token,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the compiled step `(state, batch) -> (state, metrics)`; the state given is donated.
 
-    The model is called as `model(tokens, segment_ids=segments) -> logits`. With `accumulate` = k the batch
-    is walked in k microbatches by `lax.scan`; the loss is the mean over all targets of the batch either way.
+    With `accumulate` = k the batch is walked in k microbatches by `lax.scan`; the loss is the mean over all targets
+    of the batch either way.
 
     Args:
       graphdef, rest: the model's structure and untrained variables, from `nnx.split(model, nnx.Param, ...)`.
       options: the run's options.
+      loss: (model, batch) -> (sum in nats [] float32, targets [] int32); a batch is a tree of arrays of b rows.
 
-    Metrics, each [] : loss (nats a token, float32), gradient_norm (before clipping), learning_rate, targets
+    Metrics, each [] : loss (nats a target, float32), gradient_norm (before clipping), learning_rate, targets
     (int32).
     """
     update = optimizer(options)
     schedule = learning_rate(options)
 
     def loss_sum(params, micro):
-        model = nnx.merge(graphdef, params, rest)
-        return cross_entropy(model(micro["tokens"], segment_ids=micro["segments"]), micro["targets"])
+        return loss(nnx.merge(graphdef, params, rest), micro)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
@@ -126,7 +134,7 @@ def make_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, batch))
         return jax.lax.scan(body, zeros, micros)[0]
 
-    def step(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Any):
         (total, targets), gradients = whole(state.params, batch)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(targets, 1), gradients)
         updates, opt_state = update.update(gradients, state.optimizer, state.params)
