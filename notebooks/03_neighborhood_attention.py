@@ -25,7 +25,7 @@
 # # Neighborhood attention: each position attends to those around it
 #
 # On an image of n positions, attention of all to all costs n^2. Neighborhood attention gives each position a window
-# around it: here over one, two or three axes, with strides, dilation and causal axes, differentiable, and on any device.
+# around it: here over one, two or three axes, with strides, dilation and causal axes, differentiable, on any device.
 # The patterns are those of [NATTEN](https://arxiv.org/abs/2504.16922); the models are NAT and DiNAT.
 
 # %%
@@ -146,7 +146,12 @@ config = NATConfig(
 )
 model = NAT(config, rngs=nnx.Rngs(0))
 options = training.TrainOptions(
-    steps=10 if FAST else 600, batch_size=64, learning_rate=2e-3, warmup=5 if FAST else 60, eval_every=100
+    steps=10 if FAST else 700,
+    batch_size=64,
+    learning_rate=5e-3,
+    weight_decay=0.05,
+    warmup=5 if FAST else 70,
+    eval_every=100,
 )
 run = training.fit(model, training.ImageTask(images), options, tempfile.mkdtemp())
 model = run.model
