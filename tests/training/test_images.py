@@ -247,3 +247,23 @@ def test_wrong_options():
         ImageOptions(shift=-1)
     with pytest.raises(ConfigError, match=r"label_smoothing must be at least 0 and below 1, got 1\.0"):
         ImageOptions(label_smoothing=1.0)
+
+
+def test_progress_of_images():
+    import io
+
+    from rich.console import Console
+
+    from portable.training.progress import Bar, Lines, Report
+
+    report = Report(30, 60, 1.5, None, 1234.5, 185.0, held_out=0.9866, unit="images")
+    plain, screen = io.StringIO(), io.StringIO()
+    Lines(plain).report(report)
+    assert plain.getvalue() == "step 30/60  loss 1.5000  held out 98.66%  1,234 images/s  3:05 min left\n"
+    bar = Bar(Console(file=screen, force_terminal=True, color_system=None, width=160))
+    bar.start(0, 60)
+    bar.report(report)
+    bar.close()
+    last = " ".join(screen.getvalue().split())
+    assert "loss 1.5000 held out 98.66% 1,234 images/s 3:05 min left" in last
+    assert "bits/byte" not in last
