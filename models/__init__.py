@@ -125,7 +125,7 @@ def save(
     """
     family = next((family for family in MODELS.values() if isinstance(model, family.model)), None)
     if family is None:
-        known = ", ".join(family.model.__name__ for family in MODELS.values())
+        known = ", ".join(dict.fromkeys(family.model.__name__ for family in MODELS.values()))
         raise TypeError(f"save: model must be one of {known}, got {type(model).__name__}.")
     config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
     chosen: str = format or config.formats[0]

@@ -23,7 +23,7 @@ COMMANDS = {
     "explain": "why an op runs the implementation it runs, on every platform",
     "demo": "a small model writes text, then learns from a file of yours",
     "generate": "continue a prompt with a model from a folder or the hub",
-    "train": "train a model on text files or images; continues where it was stopped",
+    "train": "train a model on text or images; the same command continues",
     "convert": "read a checkpoint in one format and write it in another",
     "bench": "time ops and models on this machine",
     "plan": "what neighborhood attention will cost, and what a query sees",

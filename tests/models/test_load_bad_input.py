@@ -154,7 +154,7 @@ def test_dtype_that_is_none(folder, dtype):
 
 
 def test_saving_what_is_no_model(tmp_path):
-    with pytest.raises(TypeError, match="save: model must be one of Mamba2LM, got Linear"):
+    with pytest.raises(TypeError, match="save: model must be one of Mamba2LM, NAT, got Linear"):
         models.save(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path)
 
 
