@@ -158,14 +158,7 @@ class Mamba2LM(nnx.Module):
             raise ValueError(f"Mamba2LM: state must have one entry a layer, {len(self.layers)}; got {len(state)}.")
         if last_only and not tokens.shape[1]:
             raise ValueError("Mamba2LM: last_only needs at least one position; got tokens of length 0.")
-        inverse = None
-        if mask is not None:
-            if lengths is not None:
-                raise ValueError("Mamba2LM: give lengths (right padding) or mask (any padding), not both.")
-            indices, inverse, lengths = nn.align_left(mask)
-            tokens = jnp.take_along_axis(tokens, indices, axis=1)
-            if segment_ids is not None:
-                segment_ids = jnp.take_along_axis(segment_ids, indices, axis=1)
+        tokens, lengths, segment_ids, inverse = nn.right_padded("Mamba2LM", tokens, lengths, mask, segment_ids)
         x, states, hidden = self._blocks(tokens, state, lengths, segment_ids, return_state, return_hidden)
         if last_only:
             last = x.shape[1] - 1 if lengths is None else jnp.maximum(lengths - 1, 0)[:, None, None]

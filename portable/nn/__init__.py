@@ -11,6 +11,7 @@ from portable.nn.neighborhood_attention import NeighborhoodAttention as Neighbor
 from portable.nn.neighborhood_attention import NeighborhoodState as NeighborhoodState
 from portable.nn.norm import RMSNorm as RMSNorm
 from portable.nn.padding import align_left as align_left
+from portable.nn.padding import right_padded as right_padded
 from portable.nn.stack import Stack as Stack
 from portable.nn.stack import checkpointed as checkpointed
 from portable.nn.stack import stack as stack

@@ -8,11 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from portable import ops
 from portable.checks import check_values
-from portable.nn.linear import dot_general
+from portable.nn.heads import KERNEL_INIT, Heads
 from portable.nn.norm import RMSNorm
-from portable.nn.padding import align_left
-
-_KERNEL_INIT = nnx.initializers.lecun_normal()
+from portable.nn.padding import right_padded
 
 
 def rotary(
@@ -63,7 +61,7 @@ class AttentionState(NamedTuple):
     length: Int[Array, " b"]
 
 
-class Attention(nnx.Module):
+class Attention(Heads):
     """Projections and positions around `portable.ops.attention`.
 
     Attributes:
@@ -90,7 +88,7 @@ class Attention(nnx.Module):
         scale: float | None = None,
         use_qkv_bias: bool = False,
         use_out_bias: bool = False,
-        kernel_init: nnx.Initializer = _KERNEL_INIT,
+        kernel_init: nnx.Initializer = KERNEL_INIT,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -117,38 +115,22 @@ class Attention(nnx.Module):
         Raises:
           ValueError: the heads do not divide the width or each other, or window is not positive.
         """
-        kv_heads = num_kv_heads or num_heads
-        if head_dim is None and d % num_heads:
-            raise ValueError(f"Attention: num_heads must divide d; got d={d}, num_heads={num_heads}. Or give head_dim.")
-        if num_heads % kv_heads:
-            raise ValueError(
-                f"Attention: num_kv_heads must divide num_heads; got num_heads={num_heads}, num_kv_heads={kv_heads}."
-            )
         if window is not None and window < 1:
             raise ValueError(f"Attention: window must be at least 1; got {window}. None is no window.")
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim or d // num_heads
+        super().__init__(
+            d,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            use_qkv_bias=use_qkv_bias,
+            use_out_bias=use_out_bias,
+            kernel_init=kernel_init,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         self.is_causal, self.window, self.soft_cap, self.scale = is_causal, window, soft_cap, scale
-        self.rope_theta, self.rope_dims, self.dtype = rope_theta, rope_dims, dtype
-
-        def linear(i: int, o: int, axes: tuple[str, str], bias: bool) -> nnx.Linear:
-            return nnx.Linear(
-                i,
-                o,
-                use_bias=bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                dot_general=dot_general,
-                kernel_metadata={"axes": axes},
-                bias_metadata={"axes": axes[1:]},
-                rngs=rngs,
-            )
-
-        inner, kv_inner = num_heads * self.head_dim, kv_heads * self.head_dim
-        self.query = linear(d, inner, ("embed", "heads"), use_qkv_bias)
-        self.key = linear(d, kv_inner, ("embed", "heads"), use_qkv_bias)
-        self.value = linear(d, kv_inner, ("embed", "heads"), use_qkv_bias)
-        self.out = linear(inner, d, ("heads", "embed"), use_out_bias)
+        self.rope_theta, self.rope_dims = rope_theta, rope_dims
         self.query_norm = self.key_norm = self.sinks = nnx.data(None)
         if qk_norm:
             norms = [RMSNorm(self.head_dim, eps=qk_norm_eps, axis=None, param_dtype=param_dtype) for _ in range(2)]
@@ -185,14 +167,7 @@ class Attention(nnx.Module):
             or a concrete state is too short for what is added.
         """
         self._check(u, 3)
-        inverse = None
-        if mask is not None:
-            if lengths is not None:
-                raise ValueError("Attention: give lengths (right padding) or mask (any padding), not both.")
-            indices, inverse, lengths = align_left(mask)
-            u = jnp.take_along_axis(u, indices[..., None], axis=1)
-            if segment_ids is not None:
-                segment_ids = jnp.take_along_axis(segment_ids, indices, axis=1)
+        u, lengths, segment_ids, inverse = right_padded("Attention", u, lengths, mask, segment_ids)
         if state is None and return_state:
             raise ValueError(
                 "Attention: return_state needs a state to write to; give state=layer.init_state(b, length)."
@@ -288,10 +263,7 @@ class Attention(nnx.Module):
         )
 
     def _project(self, u, positions):
-        u = u.astype(self.dtype)
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        made = zip((self.query, self.key, self.value), heads, strict=True)
-        q, k, v = (f(u).reshape(*u.shape[:2], n, self.head_dim) for f, n in made)
+        q, k, v = self._split(u)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rope_theta is not None:

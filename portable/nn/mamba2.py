@@ -11,7 +11,7 @@ from portable import ops
 from portable.nn.conv import CausalConv1d
 from portable.nn.linear import dot_general
 from portable.nn.norm import ACTIVATIONS, RMSNorm
-from portable.nn.padding import align_left
+from portable.nn.padding import right_padded
 
 
 class Mamba2State(NamedTuple):
@@ -182,14 +182,7 @@ class Mamba2(nnx.Module):
           TypeError: u is not floating point.
         """
         self._check(u, 3)
-        inverse = None
-        if mask is not None:
-            if lengths is not None:
-                raise ValueError("Mamba2: give lengths (right padding) or mask (any padding), not both.")
-            indices, inverse, lengths = align_left(mask)
-            u = jnp.take_along_axis(u, indices[..., None], axis=1)
-            if segment_ids is not None:
-                segment_ids = jnp.take_along_axis(segment_ids, indices, axis=1)
+        u, lengths, segment_ids, inverse = right_padded("Mamba2", u, lengths, mask, segment_ids)
         b, t, _ = u.shape
         h, p, n, g = self.num_heads, self.head_dim, self.state_size, self.n_groups
         u = u.astype(self.dtype)

@@ -10,9 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from portable import ops
-from portable.nn.linear import dot_general
-
-_KERNEL_INIT = nnx.initializers.lecun_normal()
+from portable.nn.heads import KERNEL_INIT, Heads
 
 
 class NeighborhoodState(NamedTuple):
@@ -28,7 +26,7 @@ class NeighborhoodState(NamedTuple):
     position: Int[Array, ""]
 
 
-class NeighborhoodAttention(nnx.Module):
+class NeighborhoodAttention(Heads):
     """Projections around `portable.ops.neighborhood_attention` (arXiv:2204.07143, dilated: arXiv:2209.15001).
 
     Attributes:
@@ -53,7 +51,7 @@ class NeighborhoodAttention(nnx.Module):
         use_qkv_bias: bool = True,
         use_out_bias: bool = True,
         pad_small: bool = False,
-        kernel_init: nnx.Initializer = _KERNEL_INIT,
+        kernel_init: nnx.Initializer = KERNEL_INIT,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -78,17 +76,18 @@ class NeighborhoodAttention(nnx.Module):
         """
         if rank not in (1, 2, 3):
             raise ValueError(f"NeighborhoodAttention: rank must be 1, 2 or 3; got {rank}.")
-        kv_heads = num_kv_heads or num_heads
-        if head_dim is None and d % num_heads:
-            raise ValueError(
-                f"NeighborhoodAttention: num_heads must divide d; got d={d}, num_heads={num_heads}. Or give head_dim."
-            )
-        if num_heads % kv_heads:
-            raise ValueError(
-                f"NeighborhoodAttention: num_kv_heads must divide num_heads; got num_heads={num_heads}, "
-                f"num_kv_heads={kv_heads}."
-            )
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim or d // num_heads
+        super().__init__(
+            d,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            use_qkv_bias=use_qkv_bias,
+            use_out_bias=use_out_bias,
+            kernel_init=kernel_init,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         self.window, self.stride, self.dilation, self.is_causal = (
             _per_axis(name, value, rank)
             for name, value in [
@@ -98,27 +97,7 @@ class NeighborhoodAttention(nnx.Module):
                 ("is_causal", is_causal),
             ]
         )
-        self.pad_small, self.dtype = pad_small, dtype
-
-        def linear(i: int, o: int, axes: tuple[str, str], bias: bool) -> nnx.Linear:
-            return nnx.Linear(
-                i,
-                o,
-                use_bias=bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                dot_general=dot_general,
-                kernel_metadata={"axes": axes},
-                bias_metadata={"axes": axes[1:]},
-                rngs=rngs,
-            )
-
-        inner, kv_inner = num_heads * self.head_dim, kv_heads * self.head_dim
-        self.query = linear(d, inner, ("embed", "heads"), use_qkv_bias)
-        self.key = linear(d, kv_inner, ("embed", "heads"), use_qkv_bias)
-        self.value = linear(d, kv_inner, ("embed", "heads"), use_qkv_bias)
-        self.out = linear(inner, d, ("heads", "embed"), use_out_bias)
+        self.pad_small = pad_small
         self.rel_pos_bias = nnx.data(None)
         if rel_pos_bias:
             offsets = [2 * w - 1 for w in self.window]
@@ -242,10 +221,7 @@ class NeighborhoodAttention(nnx.Module):
             raise ValueError(
                 f"NeighborhoodAttention: u must be [b, *space, d] with {rank} axes of space and d={d}; got {found}."
             )
-        u = u.astype(self.dtype)
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        made = zip((self.query, self.key, self.value), heads, strict=True)
-        return [f(u).reshape(*u.shape[:-1], n, self.head_dim) for f, n in made]
+        return self._split(u)
 
     def _check_causal(self) -> int:
         """Returns how many axes are causal; they must be the first ones."""

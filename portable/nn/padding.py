@@ -6,6 +6,30 @@ from jaxtyping import Array, Bool, Int
 from portable.checks import check_values
 
 
+def right_padded(name: str, x, lengths, mask, segment_ids):
+    """Returns (x, lengths, segment_ids, inverse) with each row's real positions in front; inverse is None without mask.
+
+    Args:
+      name: of the caller, for the error.
+      x: [b, t] or [b, t, d].
+      lengths: [b] or None; not together with a mask.
+      mask: [b, t], true at real positions, or None.
+      segment_ids: [b, t] or None.
+
+    Raises:
+      ValueError: both lengths and mask are given, or a concrete mask has holes.
+    """
+    if mask is None:
+        return x, lengths, segment_ids, None
+    if lengths is not None:
+        raise ValueError(f"{name}: give lengths (right padding) or mask (any padding), not both.")
+    indices, inverse, lengths = align_left(mask)
+    x = jnp.take_along_axis(x, indices if x.ndim == 2 else indices[..., None], axis=1)
+    if segment_ids is not None:
+        segment_ids = jnp.take_along_axis(segment_ids, indices, axis=1)
+    return x, lengths, segment_ids, inverse
+
+
 def align_left(
     mask: Bool[Array, "b t"],
 ) -> tuple[Int[Array, "b t"], Int[Array, "b t"], Int[Array, " b"]]:
