@@ -140,7 +140,8 @@ def implementations(op: str) -> Mapping[str, Impl]:
 def ops() -> tuple[str, ...]:
     """Returns the names of the ops that have implementations to choose from."""
     home = importlib.import_module("portable.ops")
-    return tuple(sorted(m.name[1:] for m in pkgutil.iter_modules(home.__path__) if m.ispkg))
+    folders = [m.name for m in pkgutil.iter_modules(home.__path__, f"{home.__name__}.") if m.ispkg]
+    return tuple(sorted(f.rpartition("._")[2] for f in folders if importlib.util.find_spec(f"{f}.reference")))
 
 
 def package(op: str):
