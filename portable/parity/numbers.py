@@ -180,14 +180,17 @@ def interpreted(
     if impl.interpret is None:
         raise ValueError("a kernel needs `interpret`, which runs it on the CPU; got None.")
     got = impl.interpret("fwd", *arrays, **options)
-    with jax.enable_x64(True):
-        want, pull = jax.vjp(lambda *arrays: reference.fwd(*arrays, **options), *_wide(arrays))
-    pairs = list(zip(got, want, strict=True))
-    if gradients and impl.bwd is not None:
-        cotangents = _cotangents(tuple(jnp.asarray(x) for x in got), seed)
-        found = impl.interpret("bwd", arrays, cotangents, **options)
-        with jax.enable_x64(True):
-            slopes = pull(_wide(cotangents))
-        given = [w is not None and w.dtype != jax.dtypes.float0 for w in slopes]
-        pairs += [(g, w) for g, w, there in zip(found, slopes, given, strict=True) if there]
-    return pairs
+    cotangents = _cotangents(tuple(jnp.asarray(x) for x in got), seed) if gradients and impl.bwd is not None else None
+    with jax.enable_x64(True):  # one program: op by op it would be fifty
+        fn = functools.partial(reference.fwd, **options)
+        wide, pulled = _wide(arrays), _wide(_floating(cotangents))
+        if cotangents is None:
+            return list(zip(got, jax.jit(fn)(*wide), strict=True))
+        want, slopes = jax.jit(programs.with_gradients(fn, *wide).fn)(wide, pulled)
+    found = impl.interpret("bwd", arrays, cotangents, **options)
+    taken = [g for g, x in zip(found, arrays, strict=True) if _floating([x])]
+    return list(zip((*got, *taken), (*want, *slopes), strict=True))
+
+
+def _floating(values: Any) -> list:
+    return [x for x in values or () if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
