@@ -51,8 +51,8 @@ def matrix(
       wanted: names of targets; all unless given, "device" only where there is one.
       ops: names of ops; all unless given, none if only models are.
       models: configurations of models such as "mamba2_130m", or kinds such as "mamba2"; all unless given.
-      quick: leave out the shapes of published models and the values without gradients, and of the models all but the forward
-        and the decode step of the smallest language model and the training step of the smallest model of images.
+      quick: leave out the shapes of published models, values without gradients, and of the models all but the
+        forward and decode step of the smallest language model and the training step of the smallest of images.
     """
     chosen = tuple(wanted) or ("cpu", *(["device"] if targets.accelerator() else []), *ACCELERATORS)
     given = ops is not None or models is not None
