@@ -211,8 +211,8 @@ def decode(rounds: int) -> list[report.Row]:
     chosen = routing(1, k, experts)
 
     def routed(x, layers, chosen):
-        for layer in layers:
-            x = x + ops.moe_ffn(x, *layer, chosen)
+        for gate, up, down in layers:
+            x = x + ops.moe_ffn(x, gate, up, down, chosen)
         return x
 
     picked = [int(i) for i in np.asarray(chosen.indices)[0]]
