@@ -1,5 +1,7 @@
 """The layer against transformers' blocks and a definition in numpy; its tables, slices and copies of a dense layer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,11 +37,14 @@ def layer(seed=0, **options):
     return filled(lambda: nn.MoE(16, 12, **{"num_experts": 6, "top_k": 2, "rngs": nnx.Rngs(0)} | options), fill)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def called(graphdef, state, x, kwargs):
+    return nnx.merge(graphdef, state)(x, return_routing=True, **kwargs)
+
+
 def run(made, x, **kwargs):
     """Calls the layer compiled as one program, as users do; returns the routing too."""
-    graphdef, state = nnx.split(made)
-    call = jax.jit(lambda state, x, kwargs: nnx.merge(graphdef, state)(x, return_routing=True, **kwargs))
-    return call(state, x, kwargs)
+    return called(*nnx.split(made), x, kwargs)
 
 
 def ours(family):
@@ -271,7 +276,7 @@ def test_the_selection_bias_balances_and_is_no_param():
     assert before.max() - before.min() > 3 * (after.max() - after.min())
     assert not any("selection_bias" in path for path, _ in nnx.to_flat_state(nnx.state(made, nnx.Param)))
     graphdef, state = nnx.split(made)
-    slope = jax.grad(lambda s: nnx.merge(graphdef, s)(x).sum())(state)
+    slope = jax.jit(jax.grad(lambda s: nnx.merge(graphdef, s)(x).sum()))(state)
     np.testing.assert_array_equal(slope["selection_bias"].get_value(), 0)
 
 
