@@ -5,8 +5,12 @@ from portable.nn.attention import AttentionState as AttentionState
 from portable.nn.attention import rotary as rotary
 from portable.nn.conv import CausalConv1d as CausalConv1d
 from portable.nn.linear import dot_general as dot_general
+from portable.nn.linear import linear as linear
 from portable.nn.mamba2 import Mamba2 as Mamba2
 from portable.nn.mamba2 import Mamba2State as Mamba2State
+from portable.nn.mlp import GatedMLP as GatedMLP
+from portable.nn.moe import MoE as MoE
+from portable.nn.moe import moe_from_dense as moe_from_dense
 from portable.nn.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from portable.nn.neighborhood_attention import NeighborhoodState as NeighborhoodState
 from portable.nn.norm import RMSNorm as RMSNorm
