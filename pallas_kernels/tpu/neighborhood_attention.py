@@ -1,0 +1,99 @@
+"""`neighborhood_attention` on a TPU: tiles of queries walk along the tiles of keys that their windows touch.
+
+The heads that share keys are rows of one tile. Runs by name: nothing here has been measured on a device.
+"""
+
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from portable.ops._neighborhood_attention import blocked, layout
+from portable.pallas_kernels import block_lists
+from portable.pallas_kernels.tpu import _block_attention
+from portable.selection import Impl
+
+# By the sums of a datasheet, not by measurement: scores pass through exponentials and sums at about a tenth of the rate
+# of their products, a step of the grid takes about 0.35 us.
+COSTS = layout.Costs(keys=(128, 256), queries=512, fetch=64, visit=32768, mask=0.5)
+SCORES = 1 << 19  # that a step holds
+FAN = 8
+STEP = 0.5  # what a step costs, in blocks
+SCALARS = 200_000  # numbers in the lists: they lie in a TPU's scalar memory, of 1 MiB
+
+
+def _cut(axes, q, k):
+    return layout.choose(axes, q.shape[-2] // k.shape[-2], COSTS)
+
+
+def _lists(tiles: blocked.Tiles, shared: int):
+    """Returns the queries' and the keys' lists in steps."""
+    rows, columns = layout.rows(tiles.sides)
+    queries, keys, full = tiles.pairs
+    most = max(1, min(FAN, SCORES // (shared * rows * columns)))
+    by_queries = block_lists.known(queries, keys, full, tiles.intervals.shape[1])
+    by_keys = block_lists.known(keys, queries, full, tiles.places.shape[1])
+    return [block_lists.steps(x, block_lists.best_fan(x, most, STEP)) for x in (by_queries, by_keys)]
+
+
+class _Heads:
+    """Arrays [N, tokens, heads, k] as blocks: [N, g, T, r * R, k] of queries, whose rows are the heads' tiles."""
+
+    def __init__(self, q, k, tiles: blocked.Tiles):
+        self.h, self.g = q.shape[2], k.shape[2]
+        self.rows, self.columns = layout.rows(tiles.sides)
+        intervals = jnp.tile(tiles.intervals, (1, 1, 1, self.h // self.g))
+        self.sees = intervals, tiles.places
+
+    def queries(self, x):
+        """[N, tokens, h, k] -> [N, g, T, r * R, k]."""
+        n, _, h, k = x.shape
+        x = x.reshape(n, -1, self.rows, self.g, h // self.g, k).transpose(0, 3, 1, 4, 2, 5)
+        return x.reshape(n, self.g, x.shape[2], -1, k)
+
+    def tokens(self, x):
+        """The inverse of `queries`."""
+        n, g, count, _, k = x.shape
+        x = x.reshape(n, g, count, self.h // g, self.rows, k).transpose(0, 2, 4, 1, 3, 5)
+        return x.reshape(n, count * self.rows, self.h, k)
+
+    def keys(self, x):
+        """[N, tokens, g, k] -> [N, g, S, C, k]."""
+        x = x.swapaxes(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.columns, x.shape[-1])
+
+    def key_tokens(self, x):
+        """The inverse of `keys`."""
+        return x.reshape(*x.shape[:2], -1, x.shape[-1]).swapaxes(1, 2)
+
+
+def _attend(q, k, v, tiles, scale):
+    heads = _Heads(q, k, tiles)
+    steps, _ = _lists(tiles, heads.h // heads.g)
+    given = heads.queries(q), heads.keys(k), heads.keys(v)
+    out, lse = _block_attention.attend(*given, *heads.sees, steps, scale=scale)
+    return heads.tokens(out), heads.tokens(lse[..., None])[..., 0]
+
+
+def _gradients(q, k, v, dout, lse, mean, tiles, scale):
+    heads = _Heads(q, k, tiles)
+    by_queries, by_keys = _lists(tiles, heads.h // heads.g)
+    sums = (heads.queries(x[..., None])[..., 0] for x in (lse, mean))
+    given = heads.queries(q), heads.keys(k), heads.keys(v), heads.queries(dout), *sums, *heads.sees
+    dq = _block_attention.query_gradients(*given, by_queries, scale=scale)
+    dk, dv = _block_attention.key_gradients(*given, by_keys, scale=scale)
+    return heads.tokens(dq), heads.key_tokens(dk), heads.key_tokens(dv)
+
+
+def why_not(q, k, v, *rest, scale, **pattern) -> str | None:
+    """Says in a sentence why the kernel cannot take a call."""
+    if reason := blocked.refuses(q, k, v, *rest, dtypes=(jnp.float32, jnp.bfloat16)):
+        return reason
+    return None
+
+
+def interpret(part: str, *args, **options) -> tuple:
+    """Runs `fwd` or `bwd` in Pallas' interpreter of a TPU; memory that nothing wrote is NaN."""
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+        return getattr(IMPL, part)(*args, **options)
+
+
+IMPL: Impl = blocked.form(blocked.Core(_attend, _gradients, _cut), why_not, interpret)
