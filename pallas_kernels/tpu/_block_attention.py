@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
 
     def at(self, n, h, j):
         """Returns the number of a step of the grid in the flat lists."""
-        row = (n if self.lists > 1 else 0) * self.list_heads + h * self.list_heads // self.heads
+        row = (n if self.lists > 1 else 0) * self.list_heads + _shared(h, self.heads, self.list_heads)
         return row * self.steps + j
 
 
@@ -54,42 +54,47 @@ def attend(q, k, v, intervals, places, steps: Steps, *, scale: float):
       scale: of the scores.
 
     Returns:
-      [N, H, T, R, v] in the dtype of q and the log-sum-exp [N, H, T, R] in float32; 0 and -inf for queries that see
-      nothing.
+      [N, H, T, R, v] in the dtype of q; and in float32 [N, H, T, R] the highest score of each query, and the sum of
+      the exponentials of its scores less that one. For queries that see nothing they are 0, -inf and 0.
     """
     s = _sizes(q, steps, intervals, scale)
     n, heads, blocks, rows, _ = q.shape
     wide = v.shape[-1]
-    out = [((n, heads, blocks, rows, wide), q.dtype), ((n, heads, blocks, 1, rows), jnp.float32)]
-    scratch = [((rows, 1), jnp.float32), ((rows, 1), jnp.float32), ((rows, wide), jnp.float32), ((rows, LANES), jnp.int32)]
-    out, lse = _call(s, _attend, steps, [q, intervals], [k, v, places], out, scratch, "block_attention")
-    return out, lse[:, :, :, 0]
+    out = [((n, heads, blocks, rows, wide), q.dtype), ((n, heads, blocks, 2, rows), jnp.float32)]
+    scratch = [
+        ((rows, 1), jnp.float32),
+        ((rows, 1), jnp.float32),
+        ((rows, wide), jnp.float32),
+        ((rows, LANES), jnp.int32),
+    ]
+    out, sums = _call(s, _attend, steps, [q, intervals], [k, v, places], out, scratch, "block_attention")
+    return out, sums[:, :, :, 0], sums[:, :, :, 1]
 
 
-def query_gradients(q, k, v, dout, lse, mean, intervals, places, steps: Steps, *, scale: float):
+def query_gradients(q, k, v, dout, highest, inverse, mean, intervals, places, steps: Steps, *, scale: float):
     """Returns the cotangent of q in its dtype.
 
     Args:
       q, k, v, intervals, places, steps, scale: of `attend`.
       dout: [N, H, T, R, v], the cotangent of its result.
-      lse: [N, H, T, R], of all that a query sees.
+      highest, inverse: [N, H, T, R] float32, such that weights are exp(score - highest) * inverse. The log-sum-exp
+        would do in place of both, were it not rounded: of scores in the thousands it keeps four digits.
       mean: [N, H, T, R] float32, the sum of result * dout, less the cotangent of the log-sum-exp.
     """
     s = _sizes(q, steps, intervals, scale)
     rows, wide = q.shape[3:]
     scratch = [((rows, wide), jnp.float32), ((rows, LANES), jnp.int32), ((rows, LANES), jnp.float32)]
-    own, other = [q, dout, intervals, jnp.stack([lse, mean], 3)], [k, v, places]
+    own, other = [q, dout, intervals, jnp.stack([highest, inverse, mean], 3)], [k, v, places]
     return _call(s, _query_gradients, steps, own, other, [(q.shape, q.dtype)], scratch, "block_attention_dq")[0]
 
 
-def key_gradients(q, k, v, dout, lse, mean, intervals, places, steps: Steps, *, scale: float):
+def key_gradients(q, k, v, dout, highest, inverse, mean, intervals, places, steps: Steps, *, scale: float):
     """Returns the cotangents of k and v in their dtypes; `steps` are the keys' lists, the rest as `query_gradients`."""
     s = _sizes(q, steps, intervals, scale)
     share = q.shape[1] // k.shape[1]  # what heads that share keys give is added up outside
     kinds = [((q.shape[0], q.shape[1], *x.shape[2:]), x.dtype if share == 1 else jnp.float32) for x in (k, v)]
-    columns = k.shape[3]
-    scratch = [((columns, x.shape[-1]), jnp.float32) for x in (k, v)] + [((columns, LANES), jnp.int32)]
-    own, other = [k, v, places], [q, dout, jnp.stack([lse, mean], 3), intervals]
+    scratch = [(x.shape[3:], jnp.float32) for x in (k, v)]
+    own, other = [k, v, places], [q, dout, jnp.stack([highest, inverse, mean], 3), intervals]
     found = _call(s, _key_gradients, steps, own, other, kinds, scratch, "block_attention_dkv")
     if share == 1:
         return found
@@ -111,12 +116,12 @@ def _call(s: Sizes, body, steps: Steps, own: list, other: list, outputs: list, s
         if len(shape) == 5:  # [N, heads, blocks, rows, width]
 
             def index(n, h, j, *lists):
-                return n, h * shape[1] // s.heads, number(s.at(n, h, j), *lists), 0, 0
+                return n, _shared(h, s.heads, shape[1]), number(s.at(n, h, j), *lists), 0, 0
 
             return pl.BlockSpec((1, 1, 1, *shape[3:]), index)
 
         def index(n, h, j, *lists):
-            return n % shape[0], number(s.at(n, h, j), *lists), 0, 0
+            return 0 if shape[0] == 1 else jax.lax.rem(n, shape[0]), number(s.at(n, h, j), *lists), 0, 0
 
         return pl.BlockSpec((1, 1, *shape[2:]), index)
 
@@ -151,7 +156,7 @@ def _call(s: Sizes, body, steps: Steps, own: list, other: list, outputs: list, s
 def _attend(s: Sizes, own, other, kind, q, intervals, *refs):
     """One step of the forward: an online softmax over its blocks at once."""
     keys, values, places = (refs[i * s.fan : i * s.fan + s.fan] for i in range(3))
-    out, lse, highest, total, acc, seen_by = refs[3 * s.fan :]
+    out, sums, highest, total, acc, seen_by = refs[3 * s.fan :]
     at, what = _step(s, kind)
 
     @pl.when(what & FIRST != 0)
@@ -181,8 +186,8 @@ def _attend(s: Sizes, own, other, kind, q, intervals, *refs):
     def _():
         sees = highest[...] != NEVER  # so that NaN is passed on
         out[0, 0, 0] = jnp.where(sees, acc[...] / total[...], 0).astype(out.dtype)
-        found = jnp.where(sees, highest[...] + jnp.log(total[...]), -jnp.inf)
-        lse[0, 0, 0] = _as_row(found)
+        found = _as_row(jnp.where(sees, highest[...], -jnp.inf)), _as_row(jnp.where(sees, total[...], 0))
+        sums[0, 0, 0] = jnp.concatenate(found)
 
 
 def _query_gradients(s: Sizes, own, other, kind, q, dout, intervals, sums, *refs):
@@ -200,10 +205,9 @@ def _query_gradients(s: Sizes, own, other, kind, q, dout, intervals, sums, *refs
         found = acc[...]
         for i in range(s.fan):
             k, v = keys[i][0, 0, 0], values[i][0, 0, 0]
-            weights = jnp.exp(_dot(q[0, 0, 0], k, 1, 1) * s.scale - columns[:, :1])
-            if masked:
-                weights = jnp.where(_rows_see(s, seen_by, _shown(places[i], other[at * s.fan + i])), weights, 0)
-            dscores = weights * (_dot(dout[0, 0, 0], v, 1, 1) - columns[:, 1:2])
+            seen = _rows_see(s, seen_by, _shown(places[i], other[at * s.fan + i])) if masked else None
+            weights = _weights(s, q[0, 0, 0], k, columns, seen)
+            dscores = weights * (_dot(dout[0, 0, 0], v, 1, 1) - columns[:, 2:3])
             found += _dot(dscores.astype(k.dtype), k, 1, 0)
         acc[...] = found
 
@@ -216,25 +220,25 @@ def _query_gradients(s: Sizes, own, other, kind, q, dout, intervals, sums, *refs
 
 
 def _key_gradients(s: Sizes, own, other, kind, k, v, places, *refs):
-    """One step of the walk by keys. Keys stand before queries, so that what belongs to a query is a row."""
+    """One step of the walk by keys. Scores are [R, C] as in the forward, so that they are the same to the last bit."""
     queries, douts, sums, intervals = (refs[i * s.fan : i * s.fan + s.fan] for i in range(4))
-    dk, dv, k_acc, v_acc, place = refs[4 * s.fan :]
+    dk, dv, k_acc, v_acc = refs[4 * s.fan :]
     at, what = _step(s, kind)
 
     @pl.when(what & FIRST != 0)
     def _():
         k_acc[...], v_acc[...] = jnp.zeros_like(k_acc), jnp.zeros_like(v_acc)
-        place[...] = _columns(places[0, 0])
 
     def work(masked: bool):
         for i in range(s.fan):
-            q, dout, lse, mean = queries[i][0, 0, 0], douts[i][0, 0, 0], sums[i][0, 0, 0, :1], sums[i][0, 0, 0, 1:]
-            weights = jnp.exp(_dot(k[0, 0, 0], q, 1, 1) * s.scale - lse)
+            q, dout, columns = queries[i][0, 0, 0], douts[i][0, 0, 0], _columns(sums[i][0, 0, 0])
+            seen = None
             if masked:
-                weights = jnp.where(_keys_seen(s, place, intervals[i], other[at * s.fan + i]), weights, 0)
-            v_acc[...] += _dot(weights.astype(dout.dtype), dout, 1, 0)
-            dscores = weights * (_dot(v[0, 0, 0], dout, 1, 1) - mean)
-            k_acc[...] += _dot(dscores.astype(q.dtype), q, 1, 0)
+                seen = _rows_see(s, _columns(intervals[i][0, 0]), _shown(places, other[at * s.fan + i]))
+            weights = _weights(s, q, k[0, 0, 0], columns, seen)
+            v_acc[...] += _dot(weights.astype(dout.dtype), dout, 0, 0)
+            dscores = weights * (_dot(dout, v[0, 0, 0], 1, 1) - columns[:, 2:3])
+            k_acc[...] += _dot(dscores.astype(q.dtype), q, 0, 0)
 
     pl.when(what & MASKED != 0)(lambda: work(True))
     pl.when(what & FULL != 0)(lambda: work(False))
@@ -251,6 +255,11 @@ def _step(s: Sizes, kind):
     return at, kind[at]
 
 
+def _shared(h, heads: int, few: int):
+    """Returns which of a few heads serves head h of `heads`."""
+    return h if few == heads else jax.lax.div(h, heads // few)  # unlike //, known to kernels for a TPU that is not here
+
+
 def _shown(places, number):
     """Returns the places [A, C] of a block's keys: nowhere, if the block is only read."""
     return jnp.where(number >= 0, places[0, 0], NOWHERE)
@@ -265,14 +274,10 @@ def _rows_see(s: Sizes, seen_by, places):
     return functools.reduce(jnp.logical_and, found)
 
 
-def _keys_seen(s: Sizes, place, intervals, number):
-    """Returns which keys the queries see, [C, R], from the keys' places as columns."""
-    first, end = intervals[0, 0, : s.axes], intervals[0, 0, s.axes :]
-    end = jnp.where(number >= 0, end, jnp.iinfo(jnp.int32).min)
-    found = [
-        (place[:, i : i + 1] >= first[i : i + 1]) & (place[:, i : i + 1] < end[i : i + 1]) for i in range(s.axes)
-    ]
-    return functools.reduce(jnp.logical_and, found)
+def _weights(s: Sizes, q, k, columns, seen):
+    """Returns the weights of a block [R, C]; columns hold the highest score and the inverse of the sum."""
+    weights = jnp.exp(_dot(q, k, 1, 1) * s.scale - columns[:, :1]) * columns[:, 1:2]
+    return weights if seen is None else jnp.where(seen, weights, 0)
 
 
 def _dot(x, y, i: int, j: int):

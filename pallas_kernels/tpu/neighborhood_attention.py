@@ -69,14 +69,14 @@ def _attend(q, k, v, tiles, scale):
     heads = _Heads(q, k, tiles)
     steps, _ = _lists(tiles, heads.h // heads.g)
     given = heads.queries(q), heads.keys(k), heads.keys(v)
-    out, lse = _block_attention.attend(*given, *heads.sees, steps, scale=scale)
-    return heads.tokens(out), heads.tokens(lse[..., None])[..., 0]
+    out, *sums = _block_attention.attend(*given, *heads.sees, steps, scale=scale)
+    return heads.tokens(out), *(heads.tokens(x[..., None])[..., 0] for x in sums)
 
 
-def _gradients(q, k, v, dout, lse, mean, tiles, scale):
+def _gradients(q, k, v, dout, highest, inverse, mean, tiles, scale):
     heads = _Heads(q, k, tiles)
     by_queries, by_keys = _lists(tiles, heads.h // heads.g)
-    sums = (heads.queries(x[..., None])[..., 0] for x in (lse, mean))
+    sums = (heads.queries(x[..., None])[..., 0] for x in (highest, inverse, mean))
     given = heads.queries(q), heads.keys(k), heads.keys(v), heads.queries(dout), *sums, *heads.sees
     dq = _block_attention.query_gradients(*given, by_queries, scale=scale)
     dk, dv = _block_attention.key_gradients(*given, by_keys, scale=scale)

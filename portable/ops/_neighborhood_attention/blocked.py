@@ -34,9 +34,10 @@ class Core(NamedTuple):
     """A kernel's functions.
 
     Attributes:
-      attend: (q, k, v, tiles, scale) -> (out, lse [N, tokens, h] float32).
-      gradients: (q, k, v, dout, lse, mean, tiles, scale) -> (dq, dk, dv), with lse and mean [N, tokens, h] float32:
-        weights are exp(score - lse), and those of scores are weights * (dout . v - mean).
+      attend: (q, k, v, tiles, scale) -> (out, highest, total), the last two [N, tokens, h] in float32: of the scores of
+        a query the highest, and the sum of their exponentials less it; -inf and 0 where it sees nothing.
+      gradients: (q, k, v, dout, highest, inverse, mean, tiles, scale) -> (dq, dk, dv): weights are exp(score - highest)
+        * inverse, and the cotangents of scores are weights * (dout . v - mean).
       cut: (axes, q, k) -> sides.
     """
 
@@ -68,27 +69,30 @@ class _Call:
 
     def fwd(self, q, k, v, rel_pos_bias, extra_k, extra_v, key_mask, *, scale, **pattern):
         """See `reference.fwd`."""
-        return self._forward(self._tiles(q, k, key_mask, pattern), q, k, v, extra_k, extra_v, scale)
+        out, highest, total = self._forward(self._tiles(q, k, key_mask, pattern), q, k, v, extra_k, extra_v, scale)
+        return out, highest + jnp.log(total)
 
     def bwd(self, residuals, cotangents, *, scale, **pattern):
-        """Takes the forward again for its log-sum-exp, from which the kernels compute weights anew."""
+        """Takes the forward again for its sums, from which the kernels compute weights anew."""
         q, k, v, _, extra_k, extra_v, key_mask = residuals
         dout, dlse = cotangents
         wide = accumulator(q, k, v)
         tiles = self._tiles(q, k, key_mask, pattern)
-        out, lse = self._forward(tiles, q, k, v, extra_k, extra_v, scale)
-        sees = lse != -jnp.inf
+        out, highest, total = self._forward(tiles, q, k, v, extra_k, extra_v, scale)
+        sees = total != 0  # no interval of the others holds a key
         mean = (out.astype(wide) * dout.astype(wide)).sum(-1) - dlse.astype(wide)
-        mean, lse = jnp.where(sees, mean, 0), jnp.where(sees, lse, 0)  # no interval of theirs holds a key
-        given = [layout.to_tiles(x, tiles.sides) for x in (q, k, v, dout.astype(q.dtype), lse, mean)]
+        mean, highest = jnp.where(sees, mean, 0), jnp.where(sees, highest, 0)
+        inverse = jnp.where(sees, 1 / jnp.where(sees, total, 1), 0)
+        given = [layout.to_tiles(x, tiles.sides) for x in (q, k, v, dout.astype(q.dtype), highest, inverse, mean)]
         grads = self.core.gradients(*given, tiles, scale)
         dq, dk, dv = (layout.from_tiles(x, tiles.sides) for x in grads)
         dextra_k = dextra_v = None
         if extra_k is not None:
             rows, given = _by_group(q, extra_k, wide), _by_group(dout, extra_k, wide)
-            weights = jnp.exp(_scores(rows, extra_k, scale) - _by_group(lse[..., None], extra_k, wide))
+            highest, inverse, mean = (_by_group(x[..., None], extra_k, wide) for x in (highest, inverse, mean))
+            weights = jnp.exp(_scores(rows, extra_k, scale) - highest) * inverse
             slopes = jnp.einsum("bngrv,begv->bngre", given, extra_v.astype(wide))
-            dscores = weights * (slopes - _by_group(mean[..., None], extra_k, wide)) * scale
+            dscores = weights * (slopes - mean) * scale
             dq = dq + jnp.einsum("bngre,begk->bngrk", dscores, extra_k.astype(wide)).reshape(q.shape)
             dextra_k = jnp.einsum("bngre,bngrk->begk", dscores, rows).astype(extra_k.dtype)
             dextra_v = jnp.einsum("bngre,bngrv->begv", weights, given).astype(extra_v.dtype)
@@ -107,19 +111,19 @@ class _Call:
 
     def _forward(self, tiles: Tiles, q, k, v, extra_k, extra_v, scale):
         found = self.core.attend(*(layout.to_tiles(x, tiles.sides) for x in (q, k, v)), tiles, scale)
-        out, lse = (layout.from_tiles(x, tiles.sides) for x in found)
+        out, high, sums = (layout.from_tiles(x, tiles.sides) for x in found)
         if extra_k is None:
-            return out, lse
+            return out, high, sums
         wide = accumulator(q, k, v)
         scores = _scores(_by_group(q, extra_k, wide), extra_k, scale)
-        first = _by_group(lse[..., None], extra_k, wide)
+        first, kept = (_by_group(x[..., None], extra_k, wide) for x in (high, sums))
         highest = jnp.maximum(first, scores.max(-1, keepdims=True, initial=-jnp.inf))
-        highest = jnp.where(highest == -jnp.inf, 0, highest)
-        kept, weights = jnp.exp(first - highest), jnp.exp(scores - highest)
+        above = jnp.where(highest == -jnp.inf, 0, highest)
+        kept, weights = kept * jnp.exp(first - above), jnp.exp(scores - above)
         total = kept + weights.sum(-1, keepdims=True)
         more = jnp.einsum("bngre,begv->bngrv", weights, extra_v.astype(wide))
         out = (_by_group(out, extra_k, wide) * kept + more) / jnp.where(total == 0, 1, total)
-        return out.reshape(*q.shape[:-1], -1).astype(q.dtype), (highest + jnp.log(total)).reshape(lse.shape)
+        return out.reshape(*q.shape[:-1], -1).astype(q.dtype), highest.reshape(high.shape), total.reshape(high.shape)
 
 
 def _by_group(x, extra, dtype):
