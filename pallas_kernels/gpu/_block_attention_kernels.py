@@ -140,9 +140,10 @@ def query_gradients(start, middle, stop, other, intervals, places, queries, keys
         k = _load(keys, row, key, group, S, G, K, C, D)
         v = _load(values, row, key, group, S, G, V, C, E)
         scores = _dot(q, tl.trans(k), tl.zeros([R, C], tl.float32)) * SCALE
-        weights = tl.exp(scores - highest[:, None]) * share[:, None]
         if i < whole:
-            weights = tl.where(_sees(intervals, places, row, block, key, IN, PN, T, S, A, R, C), weights, 0.0)
+            seen = _sees(intervals, places, row, block, key, IN, PN, T, S, A, R, C)
+            scores = tl.where(seen, scores, float("-inf"))
+        weights = tl.exp(scores - highest[:, None]) * share[:, None]
         dscores = weights * (_dot(dout, tl.trans(v), tl.zeros([R, C], tl.float32)) - means[:, None])
         acc = _dot(dscores.to(k.dtype), k, acc)
     at, real = _at(row, block, head, T, H, K, R, D)
@@ -171,9 +172,10 @@ def key_gradients(start, middle, stop, other, intervals, places, queries, keys, 
         means = _number(mean, row, query, head, T, H, R)
         # [R, C] as in the forward, so that they are the same to the last bit.
         scores = _dot(q, tl.trans(k), tl.zeros([R, C], tl.float32)) * SCALE
-        weights = tl.exp(scores - highest[:, None]) * share[:, None]
         if i < whole:
-            weights = tl.where(_sees(intervals, places, row, query, block, IN, PN, T, S, A, R, C), weights, 0.0)
+            seen = _sees(intervals, places, row, query, block, IN, PN, T, S, A, R, C)
+            scores = tl.where(seen, scores, float("-inf"))
+        weights = tl.exp(scores - highest[:, None]) * share[:, None]
         v_acc = _dot(tl.trans(weights.to(dout.dtype)), dout, v_acc)
         dscores = weights * (_dot(dout, tl.trans(v), tl.zeros([R, C], tl.float32)) - means[:, None])
         k_acc = _dot(tl.trans(dscores.to(q.dtype)), q, k_acc)

@@ -276,8 +276,9 @@ def _rows_see(s: Sizes, seen_by, places):
 
 def _weights(s: Sizes, q, k, columns, seen):
     """Returns the weights of a block [R, C]; columns hold the highest score and the inverse of the sum."""
-    weights = jnp.exp(_dot(q, k, 1, 1) * s.scale - columns[:, :1]) * columns[:, 1:2]
-    return weights if seen is None else jnp.where(seen, weights, 0)
+    scores = _dot(q, k, 1, 1) * s.scale
+    scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+    return jnp.exp(scores - columns[:, :1]) * columns[:, 1:2]
 
 
 def _dot(x, y, i: int, j: int):
