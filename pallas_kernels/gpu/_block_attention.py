@@ -12,14 +12,26 @@ from portable.pallas_kernels.block_lists import Ranges
 from portable.pallas_kernels.gpu import _launch
 from portable.pallas_kernels.gpu._launch import Config
 
-# By the bytes of an operand. Float32 products do not run on tensor cores and hold their operands in registers.
+WIDE = 64  # widths above it take the wide configurations
+# By the bytes of an operand and whether it is wide. Float32 products do not run on tensor cores and hold their operands
+# in registers.
 CONFIGS = {
-    2: {
+    (2, False): {
         "attend": Config(0, 0, warps=4, stages=2),
-        "query_gradients": Config(0, 0, warps=4, stages=2),
-        "key_gradients": Config(0, 0, warps=4, stages=2),
+        "query_gradients": Config(0, 0, warps=8, stages=2),
+        "key_gradients": Config(0, 0, warps=8, stages=2),
     },
-    4: {
+    (2, True): {
+        "attend": Config(0, 0, warps=8, stages=2),
+        "query_gradients": Config(0, 0, warps=8, stages=1),
+        "key_gradients": Config(0, 0, warps=8, stages=1),
+    },
+    (4, False): {
+        "attend": Config(0, 0, warps=8, stages=1),
+        "query_gradients": Config(0, 0, warps=8, stages=1),
+        "key_gradients": Config(0, 0, warps=4, stages=1),
+    },
+    (4, True): {
         "attend": Config(0, 0, warps=8, stages=1),
         "query_gradients": Config(0, 0, warps=8, stages=1),
         "key_gradients": Config(0, 0, warps=8, stages=1),
@@ -90,5 +102,5 @@ def _run(name: str, ranges: Ranges, intervals, places, arrays, outputs, blocks: 
     }  # fmt: skip
     kernel = getattr(_block_attention_kernels, name)
     given = (*lists, intervals, places, *arrays)
-    config = CONFIGS[q.dtype.itemsize][name]
+    config = CONFIGS[q.dtype.itemsize, max(width, v.shape[-1]) > WIDE][name]
     return _launch.call(kernel, given, outputs, (n * h * blocks,), config=config, **constants)

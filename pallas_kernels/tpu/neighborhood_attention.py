@@ -3,20 +3,22 @@
 The heads that share keys are rows of one tile. Runs by name: nothing here has been measured on a device.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from portable.ops._neighborhood_attention import blocked, layout
+from portable.ops._neighborhood_attention import blocked, layout, tables
 from portable.pallas_kernels import block_lists
 from portable.pallas_kernels.tpu import _block_attention
 from portable.selection import Impl
 
-# By the sums of a datasheet, not by measurement: scores pass through exponentials and sums at about a tenth of the rate
-# of their products, a step of the grid takes about 0.35 us.
-COSTS = layout.Costs(keys=(128, 256), queries=512, fetch=64, visit=32768, mask=0.5)
+# By datasheets, not by measurement: scores pass through exponentials and sums at about a tenth of the rate of their
+# products, so that a byte of a v6e's memory takes as long as a quarter of one; a step of the grid takes about 0.35 us.
+COSTS = layout.Costs(keys=(128, 256), queries=512, fetch=128, visit=2048, mask=0.5)
 SCORES = 1 << 19  # that a step holds
 FAN = 8
-STEP = 0.5  # what a step costs, in blocks
+STEP = 1 << 17  # what a step costs, in scores
 SCALARS = 200_000  # numbers in the lists: they lie in a TPU's scalar memory, of 1 MiB
 
 
@@ -24,14 +26,18 @@ def _cut(axes, q, k):
     return layout.choose(axes, q.shape[-2] // k.shape[-2], COSTS)
 
 
-def _lists(tiles: blocked.Tiles, shared: int):
-    """Returns the queries' and the keys' lists in steps."""
-    rows, columns = layout.rows(tiles.sides)
-    queries, keys, full = tiles.pairs
+def lists(sides, pairs: layout.Pairs, shared: int) -> list[block_lists.Steps]:
+    """Returns the queries' and the keys' lists in steps; `shared` query heads read the same keys."""
+    rows, columns = layout.rows(sides)
+    queries, keys, full = pairs
     most = max(1, min(FAN, SCORES // (shared * rows * columns)))
-    by_queries = block_lists.known(queries, keys, full, tiles.intervals.shape[1])
-    by_keys = block_lists.known(keys, queries, full, tiles.places.shape[1])
-    return [block_lists.steps(x, block_lists.best_fan(x, most, STEP)) for x in (by_queries, by_keys)]
+    tiles = math.prod(s.count for s in sides)
+    by_queries = block_lists.known(queries, keys, full, tiles)
+    by_keys = block_lists.known(keys, queries, full, tiles * (rows // columns))
+    return [
+        block_lists.steps(x, block_lists.best_fan(x, most, STEP / (shared * rows * columns)))
+        for x in (by_queries, by_keys)
+    ]
 
 
 class _Heads:
@@ -67,7 +73,7 @@ class _Heads:
 
 def _attend(q, k, v, tiles, scale):
     heads = _Heads(q, k, tiles)
-    steps, _ = _lists(tiles, heads.h // heads.g)
+    steps, _ = lists(tiles.sides, tiles.pairs, heads.h // heads.g)
     given = heads.queries(q), heads.keys(k), heads.keys(v)
     out, *sums = _block_attention.attend(*given, *heads.sees, steps, scale=scale)
     return heads.tokens(out), *(heads.tokens(x[..., None])[..., 0] for x in sums)
@@ -75,7 +81,7 @@ def _attend(q, k, v, tiles, scale):
 
 def _gradients(q, k, v, dout, highest, inverse, mean, tiles, scale):
     heads = _Heads(q, k, tiles)
-    by_queries, by_keys = _lists(tiles, heads.h // heads.g)
+    by_queries, by_keys = lists(tiles.sides, tiles.pairs, heads.h // heads.g)
     sums = (heads.queries(x[..., None])[..., 0] for x in (highest, inverse, mean))
     given = heads.queries(q), heads.keys(k), heads.keys(v), heads.queries(dout), *sums, *heads.sees
     dq = _block_attention.query_gradients(*given, by_queries, scale=scale)
@@ -87,6 +93,10 @@ def why_not(q, k, v, *rest, scale, **pattern) -> str | None:
     """Says in a sentence why the kernel cannot take a call."""
     if reason := blocked.refuses(q, k, v, *rest, dtypes=(jnp.float32, jnp.bfloat16)):
         return reason
+    sides = _cut(tables.axes(q.shape[1:-2], **pattern), q, k)
+    numbers = math.prod(layout.count(s).pairs for s in sides)
+    if numbers > SCALARS:
+        return f"the lists of its tiles must fit into a TPU's scalar memory, {SCALARS} pairs; got {numbers}."
     return None
 
 

@@ -22,14 +22,14 @@ class Case(NamedTuple):
     scale: float
 
 
-def case(seed: int, *, h: int = 4, g: int = 2, tables: int = 2, rows: int = 16, columns: int = 32) -> Case:
+def case(seed: int, *, h: int = 2, g: int = 1, tables: int = 2, rows: int = 16, columns: int = 32) -> Case:
     """Returns a case with blocks named twice, padding, rows that name nothing, and keys out of order."""
     rng = np.random.default_rng(seed)
-    b, blocks, keys, n, width, wide = 2, 4, 5, 3, 16, 24
+    b, blocks, keys, n, width, wide = 2, 3, 4, 2, 16, 24
     t, s = blocks * rows, keys * columns
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     table = rng.integers(-1, keys, (b, tables, blocks, n)).astype(np.int32)
-    table[0, :, 1], table[1, 0, 2] = -1, [3, 3, -1]
+    table[0, :, 1], table[1, 0, 2] = -1, [3, 3]
     places = [np.stack([rng.permutation(s) for _ in range(b)]).astype(np.int32) for _ in range(2)]
     segments = [rng.integers(0, 2, (b, size)).astype(np.int32) for size in (t, s)]
     return Case(

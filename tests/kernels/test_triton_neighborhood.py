@@ -49,10 +49,10 @@ def test_equals_the_definition_in_float64(case, seed):
         assert numbers.relative(got, want) <= bar * (1 if i < 2 else numbers.GRADIENTS), i
 
 
-@pytest.mark.parametrize("tables", [2, pytest.param(4, marks=pytest.mark.full)])
-def test_blocks_selected_at_run_time(tables, seed):
+@pytest.mark.parametrize("heads", [{}, {"h": 8, "g": 2, "tables": 4}])
+def test_blocks_selected_at_run_time(heads, seed):
     need("triton", "torch")
-    c = block_sparse.case(seed, tables=tables)
+    c = block_sparse.case(seed, **heads)
     want = block_sparse.definition(c)
     arrays = c.table, c.q, c.k, c.v, c.dout, block_sparse.intervals(c), block_sparse.places(c)
     out, lse, *grads = _launch.interpret("tests.kernels.triton_block_sparse", "fwd", arrays, {"scale": c.scale})
@@ -66,7 +66,7 @@ def test_blocks_selected_at_run_time(tables, seed):
 
 FAULTS = {
     "ends included": ("(at < tl.load(first + (A + a) * R)", "(at <= tl.load(first + (A + a) * R)"),
-    "an axis not compared": ("tl.static_range(A)", "tl.static_range(1)"),
+    "an axis not compared": ("tl.static_range(A)", "tl.static_range(1, A)"),
     "the sums do not fade": ("return new, total * fade +", "return new, total +"),
     "full blocks forgotten": ("for i in range(whole, end):", "for i in range(whole, whole):"),
     "every group the first": ("group = head // (H // G)", "group = head * 0"),
