@@ -133,13 +133,13 @@ def pairs(sides: Sequence[Side]) -> Pairs:
 def intervals(sides: Sequence[Side]) -> jax.Array:
     """Returns what each query sees: [G or 1, T, 2 * rank, R] int32, the axes' first positions, then their ends."""
     found = [_spread(x, i, sides) for part in (0, 1) for i, s in enumerate(sides) for x in [bounds(s.axis)[part]]]
-    return _rows(jnp.broadcast_arrays(*found), rows(sides)[0])
+    return _rows(jnp.broadcast_arrays(*found), sides, rows(sides)[0])
 
 
 def places(sides: Sequence[Side]) -> jax.Array:
     """Returns where each key is: [1, S, rank, C] int32, its positions in its dilation group."""
     found = [_spread(np.arange(s.padded)[None], i, sides) for i, s in enumerate(sides)]
-    return _rows(jnp.broadcast_arrays(*found), rows(sides)[1])
+    return _rows(jnp.broadcast_arrays(*found), sides, rows(sides)[1])
 
 
 def _spread(x: np.ndarray, i: int, sides: Sequence[Side]) -> jax.Array:
@@ -151,9 +151,12 @@ def _spread(x: np.ndarray, i: int, sides: Sequence[Side]) -> jax.Array:
     return jnp.asarray(x.reshape(shape))
 
 
-def _rows(found: Sequence[jax.Array], size: int) -> jax.Array:
-    rank = found[0].ndim // 4
-    several = math.prod(found[0].shape[:rank])
+def _rows(found: Sequence[jax.Array], sides: Sequence[Side], size: int) -> jax.Array:
+    rank = len(sides)
+    several = groups(sides) if math.prod(found[0].shape[:rank]) > 1 else 1
+    if several > 1:
+        shape = (*(s.axis.dilation for s in sides), *found[0].shape[rank:])
+        found = [jnp.broadcast_to(x, shape) for x in found]
     return jnp.stack([x.reshape(several, -1, size) for x in found], axis=2)
 
 
