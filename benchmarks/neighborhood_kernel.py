@@ -41,7 +41,7 @@ def account(stride: int, heads: int, width: int) -> dict[str, Any]:
     """Counts the forward of a case, in bfloat16."""
     pattern = {"window": (WINDOW,) * 2, "stride": (stride,) * 2, "dilation": (1, 1), "is_causal": (False, False)}
     q = jax.ShapeDtypeStruct((1, *SPACE, heads, width), jnp.bfloat16)
-    sides = kernel._cut(tables.axes(SPACE, **pattern), q, q)
+    sides = kernel._cut(tables.axes(SPACE, **pattern), q, q, q)
     steps, _ = kernel.lists(sides, layout.pairs(sides), 1)
     rows, columns = layout.rows(sides)
     fan, kind = steps.other.shape[-1], np.asarray(steps.kind)[0, 0]

@@ -12,17 +12,17 @@ from portable.pallas_kernels.block_lists import Ranges
 from portable.pallas_kernels.gpu import _launch
 from portable.pallas_kernels.gpu._launch import Config
 
-WIDE = 64  # widths above it take the wide configurations
+WIDE = 64  # heads of more take the wide configurations
 # By the bytes of an operand and whether it is wide. Float32 products do not run on tensor cores and hold their operands
 # in registers.
 CONFIGS = {
     (2, False): {
         "attend": Config(0, 0, warps=4, stages=2),
-        "query_gradients": Config(0, 0, warps=8, stages=2),
-        "key_gradients": Config(0, 0, warps=8, stages=2),
+        "query_gradients": Config(0, 0, warps=8, stages=1),
+        "key_gradients": Config(0, 0, warps=8, stages=1),
     },
     (2, True): {
-        "attend": Config(0, 0, warps=8, stages=2),
+        "attend": Config(0, 0, warps=4, stages=2),
         "query_gradients": Config(0, 0, warps=8, stages=1),
         "key_gradients": Config(0, 0, warps=8, stages=1),
     },
@@ -37,6 +37,11 @@ CONFIGS = {
         "key_gradients": Config(0, 0, warps=8, stages=1),
     },
 }
+
+
+def kind(q, v) -> tuple[int, bool]:
+    """Returns which configurations suit arrays [..., k] and [..., v]."""
+    return q.dtype.itemsize, max(q.shape[-1], v.shape[-1]) > WIDE
 
 
 def attend(q, k, v, intervals, places, ranges: Ranges, *, scale: float):
@@ -102,5 +107,5 @@ def _run(name: str, ranges: Ranges, intervals, places, arrays, outputs, blocks: 
     }  # fmt: skip
     kernel = getattr(_block_attention_kernels, name)
     given = (*lists, intervals, places, *arrays)
-    config = CONFIGS[q.dtype.itemsize, max(width, v.shape[-1]) > WIDE][name]
+    config = CONFIGS[kind(q, v)][name]
     return _launch.call(kernel, given, outputs, (n * h * blocks,), config=config, **constants)

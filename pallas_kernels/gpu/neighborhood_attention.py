@@ -14,13 +14,15 @@ from portable.pallas_kernels import block_lists
 from portable.pallas_kernels.gpu import _block_attention, _launch
 
 COSTS = {
-    2: layout.Costs(keys=(64, 64), queries=128, fetch=32, visit=512, mask=0.5),
-    4: layout.Costs(keys=(32, 32), queries=64, fetch=32, visit=512, mask=0.5),
+    (2, False): layout.Costs(keys=(64, 64), queries=128, fetch=32, visit=512, mask=0.5),
+    (2, True): layout.Costs(keys=(64, 64), queries=64, fetch=32, visit=512, mask=0.5),
+    (4, False): layout.Costs(keys=(32, 32), queries=64, fetch=32, visit=512, mask=0.5),
+    (4, True): layout.Costs(keys=(32, 32), queries=32, fetch=32, visit=512, mask=0.5),
 }
 
 
-def _cut(axes, q, k):
-    return layout.choose(axes, 1, COSTS[q.dtype.itemsize])
+def _cut(axes, q, k, v):
+    return layout.choose(axes, 1, COSTS[_block_attention.kind(q, v)])
 
 
 def _attend(q, k, v, tiles, scale):

@@ -22,7 +22,7 @@ STEP = 1 << 17  # what a step costs, in scores
 SCALARS = 200_000  # numbers in the lists: they lie in a TPU's scalar memory, of 1 MiB
 
 
-def _cut(axes, q, k):
+def _cut(axes, q, k, v):
     return layout.choose(axes, q.shape[-2] // k.shape[-2], COSTS)
 
 
@@ -93,7 +93,7 @@ def why_not(q, k, v, *rest, scale, **pattern) -> str | None:
     """Says in a sentence why the kernel cannot take a call."""
     if reason := blocked.refuses(q, k, v, *rest, dtypes=(jnp.float32, jnp.bfloat16)):
         return reason
-    sides = _cut(tables.axes(q.shape[1:-2], **pattern), q, k)
+    sides = _cut(tables.axes(q.shape[1:-2], **pattern), q, k, v)
     numbers = math.prod(layout.count(s).pairs for s in sides)
     if numbers > SCALARS:
         return f"the lists of its tiles must fit into a TPU's scalar memory, {SCALARS} pairs; got {numbers}."

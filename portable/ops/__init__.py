@@ -5,6 +5,8 @@ from portable.ops._attention.merge import merge_attentions as merge_attentions
 from portable.ops._causal_conv1d.api import causal_conv1d as causal_conv1d
 from portable.ops._linear.api import linear as linear
 from portable.ops._neighborhood_attention.api import neighborhood_attention as neighborhood_attention
+from portable.ops._neighborhood_attention.groups import batch_to_space as batch_to_space
+from portable.ops._neighborhood_attention.groups import space_to_batch as space_to_batch
 from portable.ops._neighborhood_attention.plan import NeighborhoodPlan as NeighborhoodPlan
 from portable.ops._neighborhood_attention.plan import neighborhood_plan as neighborhood_plan
 from portable.ops._rms_norm.api import rms_norm as rms_norm

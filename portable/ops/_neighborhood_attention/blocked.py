@@ -38,7 +38,7 @@ class Core(NamedTuple):
         a query the highest, and the sum of their exponentials less it; -inf and 0 where it sees nothing.
       gradients: (q, k, v, dout, highest, inverse, mean, tiles, scale) -> (dq, dk, dv): weights are exp(score - highest)
         * inverse, and the cotangents of scores are weights * (dout . v - mean).
-      cut: (axes, q, k) -> sides.
+      cut: (axes, q, k, v) -> sides.
     """
 
     attend: Callable
@@ -69,7 +69,7 @@ class _Call:
 
     def fwd(self, q, k, v, rel_pos_bias, extra_k, extra_v, key_mask, *, scale, **pattern):
         """See `reference.fwd`."""
-        out, highest, total = self._forward(self._tiles(q, k, key_mask, pattern), q, k, v, extra_k, extra_v, scale)
+        out, highest, total = self._forward(self._tiles(q, k, v, key_mask, pattern), q, k, v, extra_k, extra_v, scale)
         return out, highest + jnp.log(total)
 
     def bwd(self, residuals, cotangents, *, scale, **pattern):
@@ -77,7 +77,7 @@ class _Call:
         q, k, v, _, extra_k, extra_v, key_mask = residuals
         dout, dlse = cotangents
         wide = accumulator(q, k, v)
-        tiles = self._tiles(q, k, key_mask, pattern)
+        tiles = self._tiles(q, k, v, key_mask, pattern)
         out, highest, total = self._forward(tiles, q, k, v, extra_k, extra_v, scale)
         sees = total != 0  # no interval of the others holds a key
         mean = (out.astype(wide) * dout.astype(wide)).sum(-1) - dlse.astype(wide)
@@ -98,8 +98,8 @@ class _Call:
             dextra_v = jnp.einsum("bngre,bngrv->begv", weights, given).astype(extra_v.dtype)
         return dq.astype(q.dtype), dk, dv, None, dextra_k, dextra_v, None
 
-    def _tiles(self, q, k, key_mask, pattern) -> Tiles:
-        sides = self.core.cut(tables.axes(q.shape[1:-2], **pattern), q, k)
+    def _tiles(self, q, k, v, key_mask, pattern) -> Tiles:
+        sides = self.core.cut(tables.axes(q.shape[1:-2], **pattern), q, k, v)
         places, pairs = layout.places(sides), layout.pairs(sides)
         if key_mask is not None:
             _, columns = layout.rows(sides)
