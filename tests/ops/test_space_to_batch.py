@@ -10,8 +10,16 @@ from portable import nn, ops
 from portable.parity.numbers import relative
 
 
+FULL = pytest.mark.full
+
+
 @pytest.mark.parametrize(
-    "space, dilation, window", [((12,), (3,), 3), ((8, 9), (4, 3), (2, 3)), ((4, 6, 2), (2, 3, 1), (2, 1, 2))]
+    "space, dilation, window",
+    [
+        ((8, 9), (4, 3), (2, 3)),
+        pytest.param((12,), (3,), 3, marks=FULL),
+        pytest.param((4, 6, 2), (2, 3, 1), (2, 1, 2), marks=FULL),
+    ],
 )
 def test_attention_in_groups_is_the_dilated_one(space, dilation, window, seed):
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -27,11 +35,15 @@ def test_attention_in_groups_is_the_dilated_one(space, dilation, window, seed):
         y = ops.neighborhood_attention(q, k, v, window=window, pad_small=True)
         return ops.batch_to_space(y, dilation)
 
-    want, pull = jax.vjp(dilated, q, k, v)
-    got, pull_grouped = jax.jit(lambda *a: jax.vjp(grouped, *a))(q, k, v)
-    assert relative(got, want) <= 2e-6
-    for mine, theirs in zip(pull_grouped(dout), pull(dout), strict=True):
-        assert relative(mine, theirs) <= 5e-6
+    def both(f):
+        def run(q, k, v, dout):
+            y, pull = jax.vjp(f, q, k, v)
+            return y, *pull(dout)
+
+        return jax.jit(run)(q, k, v, dout)
+
+    for got, want in zip(both(grouped), both(dilated), strict=True):
+        assert relative(got, want) <= 5e-6
 
 
 def test_a_group_holds_the_positions_a_dilation_apart(seed):

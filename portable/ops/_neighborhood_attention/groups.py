@@ -11,7 +11,7 @@ from portable.ops._arguments import check_array
 TO, BACK = "space_to_batch", "batch_to_space"
 
 
-def space_to_batch(x: Shaped[Array, "b *axes"], dilation: Sequence[int]) -> Shaped[Array, "rows *axes"]:
+def space_to_batch(x: Shaped[Array, " b *axes"], dilation: Sequence[int]) -> Shaped[Array, " rows *axes"]:
     """Makes every dilation group a row of the batch, in which its positions are neighbors.
 
     `neighborhood_attention` with a dilation is the same op without one on such an array. Layers of one dilation that
@@ -50,7 +50,7 @@ def space_to_batch(x: Shaped[Array, "b *axes"], dilation: Sequence[int]) -> Shap
     return x.reshape(b * math.prod(dilation), *x.shape[rank + 1 :])
 
 
-def batch_to_space(x: Shaped[Array, "rows *axes"], dilation: Sequence[int]) -> Shaped[Array, "b *axes"]:
+def batch_to_space(x: Shaped[Array, " rows *axes"], dilation: Sequence[int]) -> Shaped[Array, " b *axes"]:
     """The inverse of `space_to_batch`.
 
     Args:
