@@ -9,7 +9,6 @@ from flax import nnx
 from portable import nn, ops
 from portable.parity.numbers import relative
 
-
 FULL = pytest.mark.full
 
 
