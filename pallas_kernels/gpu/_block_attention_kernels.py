@@ -9,7 +9,7 @@ heads of the lists, I their length; H, G heads of queries and of keys; T, S bloc
 two. Products take operands in the dtype of q and add in float32.
 """
 
-# pyright: reportOperatorIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # The types of Triton's language are its compiler's, not Python's.
 
 import triton

@@ -115,10 +115,10 @@ def _call(s: Sizes, body, steps: Steps, own: list, other: list, outputs: list, s
     def spec(shape, number) -> pl.BlockSpec:
         if len(shape) == 5:  # [N, heads, blocks, rows, width]
 
-            def index(n, h, j, *lists):
+            def of_head(n, h, j, *lists):
                 return n, _shared(h, s.heads, shape[1]), number(s.at(n, h, j), *lists), 0, 0
 
-            return pl.BlockSpec((1, 1, 1, *shape[3:]), index)
+            return pl.BlockSpec((1, 1, 1, *shape[3:]), of_head)
 
         def index(n, h, j, *lists):
             return 0 if shape[0] == 1 else jax.lax.rem(n, shape[0]), number(s.at(n, h, j), *lists), 0, 0

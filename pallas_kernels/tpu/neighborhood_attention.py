@@ -82,10 +82,10 @@ def _attend(q, k, v, tiles, scale):
 def _gradients(q, k, v, dout, highest, inverse, mean, tiles, scale):
     heads = _Heads(q, k, tiles)
     by_queries, by_keys = lists(tiles.sides, tiles.pairs, heads.h // heads.g)
-    sums = (heads.queries(x[..., None])[..., 0] for x in (highest, inverse, mean))
-    given = heads.queries(q), heads.keys(k), heads.keys(v), heads.queries(dout), *sums, *heads.sees
-    dq = _block_attention.query_gradients(*given, by_queries, scale=scale)
-    dk, dv = _block_attention.key_gradients(*given, by_keys, scale=scale)
+    highest, inverse, mean = (heads.queries(x[..., None])[..., 0] for x in (highest, inverse, mean))
+    given = heads.queries(q), heads.keys(k), heads.keys(v), heads.queries(dout), highest, inverse, mean
+    dq = _block_attention.query_gradients(*given, *heads.sees, by_queries, scale=scale)
+    dk, dv = _block_attention.key_gradients(*given, *heads.sees, by_keys, scale=scale)
     return heads.tokens(dq), heads.key_tokens(dk), heads.key_tokens(dv)
 
 

@@ -34,7 +34,7 @@ def case(seed: int, *, h: int = 2, g: int = 1, tables: int = 2, rows: int = 16, 
     segments = [rng.integers(0, 2, (b, size)).astype(np.int32) for size in (t, s)]
     return Case(
         normal(b, t, h, width), normal(b, s, g, width), normal(b, s, g, wide), table, places[0][:, :t], places[1],
-        *segments, normal(b, t, h, wide), rows, columns, 0.3,
+        segments[0], segments[1], normal(b, t, h, wide), rows, columns, 0.3,
     )  # fmt: skip
 
 

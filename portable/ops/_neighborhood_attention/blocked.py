@@ -7,6 +7,7 @@ heads, k] in the order of tiles (`layout`); here the op's arrays become such one
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from portable.ops._arguments import accumulator
@@ -26,8 +27,8 @@ class Tiles(NamedTuple):
 
     sides: tuple[layout.Side, ...]
     pairs: layout.Pairs
-    intervals: object
-    places: object
+    intervals: jax.Array
+    places: jax.Array
 
 
 class Core(NamedTuple):
