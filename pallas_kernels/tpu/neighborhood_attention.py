@@ -19,7 +19,7 @@ COSTS = layout.Costs(keys=(128, 256), queries=512, fetch=128, visit=2048, mask=0
 SCORES = 1 << 19  # that a step holds
 FAN = 8
 STEP = 1 << 17  # what a step costs, in scores
-SCALARS = 200_000  # numbers in the lists: they lie in a TPU's scalar memory, of 1 MiB
+SCALARS = 65_536  # pairs of tiles: their lists lie in a TPU's scalar memory, of 1 MiB
 
 
 def _cut(axes, q, k, v):
