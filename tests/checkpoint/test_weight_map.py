@@ -15,7 +15,7 @@ def test_template_gives_one_tensor_for_each_layer():
     weight_map = WeightMap((Rule("net.{i}.w", "layers.{i}.out.kernel", transposed),))
     tensors = _by_name(weight_map, {"layers.0.out.kernel": (2, 3), "layers.11.out.kernel": (2, 3)})
     assert {name: tensor.shape for name, tensor in tensors.items()} == {"net.0.w": (3, 2), "net.11.w": (3, 2)}
-    assert tensors["net.11.w"].blocks == (Block("layers.11.out.kernel", None, 0, 3),)
+    assert tensors["net.11.w"].blocks == (Block("layers.11.out.kernel", None, axis=0, period=3, start=0, stop=3),)
 
 
 def test_dot_of_a_template_is_a_dot():

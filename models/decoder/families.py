@@ -1,0 +1,483 @@
+"""The model types of transformers that `DecoderConfig` expresses: how their config.json says what."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from portable.checks import ConfigError
+from portable.nn import Rotary
+from portable.nn.rotary import KINDS
+
+REQUIRED = object()
+
+
+class Family(NamedTuple):
+    """One model type.
+
+    Attributes:
+      architecture: transformers' class.
+      fields: our field -> (their key, what they assume where it is missing, or REQUIRED).
+      fixed: our field -> what it always is.
+      theta: base of rotary frequencies where the file names none.
+      read: file -> further fields.
+      write: configuration -> further keys.
+    """
+
+    architecture: str
+    fields: dict[str, tuple[str, Any]]
+    fixed: dict[str, Any]
+    theta: float = 10000.0
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda file: {}
+    write: Callable[[Any], dict[str, Any]] = lambda config: {}
+
+
+def _same(*names: str, **defaults: Any) -> dict[str, tuple[str, Any]]:
+    return {name: (name, REQUIRED) for name in names} | {name: (name, value) for name, value in defaults.items()}
+
+
+def _base(eps: str = "rms_norm_eps", eps_default: float = 1e-6, bos: Any = None, eos: Any = None, tied: bool = False):
+    return _same(
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        max_position_embeddings=2048,
+        initializer_range=0.02,
+        tie_word_embeddings=tied,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=None,
+    ) | {"norm_eps": (eps, eps_default)}
+
+
+_HEADS = _same(num_key_value_heads=None, head_dim=None)
+_DENSE = _same("intermediate_size", hidden_act="silu")
+_EXPERTS = _same("num_experts_per_tok", hidden_act="silu")
+_BIAS = {"attention_bias": ("attention_bias", False), "attention_out_bias": ("attention_bias", False)}
+_AUX = {"router_aux_loss_coef": ("router_aux_loss_coef", 0.001)}
+# Experts of which "intermediate_size" is the width: there is no dense layer.
+_ONLY_EXPERTS = {"moe_intermediate_size": ("intermediate_size", REQUIRED)}
+
+
+def _layers(config: Any) -> list[str]:
+    return [config.layer_type(i) for i in range(config.num_hidden_layers)]
+
+
+def _all_sliding(file: Mapping[str, Any]) -> dict[str, Any]:
+    """A window in all layers or in none."""
+    window = file.get("sliding_window") if file.get("use_sliding_window", True) else None
+    n = file["num_hidden_layers"]
+    return {"sliding_window": window, "layer_types": () if window is None else ("sliding_attention",) * n}
+
+
+def _write_all_sliding(config: Any) -> dict[str, Any]:
+    kinds = set(_layers(config))
+    if len(kinds) > 1:
+        raise ConfigError(f"DecoderConfig: {config.family} has layers of one kind alone; got {', '.join(kinds)}.")
+    return {"sliding_window": config.sliding_window if kinds == {"sliding_attention"} else None}
+
+
+def _some_sliding(is_sliding: Callable[[Mapping[str, Any], int], bool]):
+    """Layers of a window named one by one, or by a rule: which of them where `layer_types` is missing."""
+
+    def read(file: Mapping[str, Any]) -> dict[str, Any]:
+        window = file.get("sliding_window") if file.get("use_sliding_window", True) else None
+        names = {True: "sliding_attention", False: "full_attention"}
+        n = file["num_hidden_layers"]
+        kinds = file.get("layer_types") or [names[bool(window) and is_sliding(file, i)] for i in range(n)]
+        return {"sliding_window": window or None, "layer_types": tuple(kinds)}
+
+    return read
+
+
+def _write_some_sliding(config: Any) -> dict[str, Any]:
+    window = config.sliding_window
+    return {"layer_types": _layers(config), "sliding_window": window, "use_sliding_window": window is not None}
+
+
+def _sparse_layers(file: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen: every decoder_sparse_step-th layer has experts, those of mlp_only_layers have none."""
+    step, only = file.get("decoder_sparse_step", 1), file.get("mlp_only_layers") or ()
+    dense = [i for i in range(file["num_hidden_layers"]) if i in only or (i + 1) % step]
+    return {"dense_layers": tuple(dense)}
+
+
+def _write_sparse_layers(config: Any) -> dict[str, Any]:
+    return {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
+
+
+def _leading(key: str) -> tuple[Callable, Callable]:
+    """The first layers are dense, as many as a key says."""
+
+    def read(file: Mapping[str, Any]) -> dict[str, Any]:
+        return {"dense_layers": tuple(range(min(file.get(key) or 0, file["num_hidden_layers"])))}
+
+    def write(config: Any) -> dict[str, Any]:
+        n = len(config.dense_layers)
+        if config.dense_layers != tuple(range(n)):
+            raise ConfigError(
+                f"DecoderConfig: dense layers of {config.family} come first; got dense_layers={config.dense_layers}."
+            )
+        return {key: n}
+
+    return read, write
+
+
+def _lfm2(file: Mapping[str, Any]) -> dict[str, Any]:
+    n, attention = file["num_hidden_layers"], file.get("full_attn_idxs")
+    named = file.get("layer_types")
+    kinds = named or ["conv" if attention is not None and i not in attention else "full_attention" for i in range(n)]
+    found: dict[str, Any] = {"layer_types": tuple(kinds)}
+    if "tie_embedding" in file:
+        found["tie_word_embeddings"] = file["tie_embedding"]
+    return found
+
+
+def _lfm2_width(file: Mapping[str, Any]) -> dict[str, Any]:
+    """The width inside is made of the file's: two thirds of it, times a factor, rounded up to a multiple."""
+    width = file.get("block_ff_dim", file.get("intermediate_size"))
+    if width is None:
+        raise ConfigError("DecoderConfig: config.json lacks intermediate_size.")
+    if file.get("block_auto_adjust_ff_dim", True):
+        factor, multiple = file.get("block_ffn_dim_multiplier", 1.0), file.get("block_multiple_of", 256)
+        width = int(2 * width / 3)
+        if factor is not None:
+            width = -(-int(factor * width) // multiple) * multiple
+    return {"intermediate_size": width}
+
+
+def _deepseek(routers: Mapping[str, str], method: str):
+    """Groups, shared experts and the way of choosing of DeepSeek."""
+
+    def read(file: Mapping[str, Any]) -> dict[str, Any]:
+        named = file.get("topk_method") or method
+        if named not in routers:
+            raise ConfigError(
+                f"DecoderConfig: topk_method must be one of {', '.join(routers)}; got {named!r}, a router that this "
+                "model has not."
+            )
+        if (every := file.get("moe_layer_freq", 1)) != 1:
+            raise ConfigError(f"DecoderConfig: moe_layer_freq must be 1; got {every}.")
+        found: dict[str, Any] = {"router": routers[named]}
+        if named != "greedy":
+            found |= {name: file.get(name) or 1 for name in ("n_group", "topk_group")}
+        if shared := file.get("n_shared_experts"):
+            found["shared_intermediate_size"] = shared * file["moe_intermediate_size"]
+        return found
+
+    def write(config: Any) -> dict[str, Any]:
+        named = {router: name for name, router in routers.items()}
+        if config.router not in named:
+            raise ConfigError(f"DecoderConfig: {config.family} has no router {config.router!r}.")
+        shared, rest = divmod(config.shared_intermediate_size or 0, config.moe_intermediate_size)
+        if rest or not shared:
+            raise ConfigError(
+                "DecoderConfig: shared_intermediate_size must be a multiple of moe_intermediate_size="
+                f"{config.moe_intermediate_size} for {config.family}; got {config.shared_intermediate_size}."
+            )
+        groups = {"n_group": config.n_group, "topk_group": config.topk_group}
+        return {"topk_method": named[config.router], "n_shared_experts": shared, **groups}
+
+    return read, write
+
+
+def _both(*functions: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    def run(argument: Any) -> dict[str, Any]:
+        return {key: value for function in functions for key, value in function(argument).items()}
+
+    return run
+
+
+_LATENT = _same("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", q_lora_rank=None)
+_FIRST_DENSE, _WRITE_FIRST_DENSE = _leading("first_k_dense_replace")
+_NUM_DENSE, _WRITE_NUM_DENSE = _leading("num_dense_layers")
+_DEEPSEEK = _LATENT | _EXPERTS | _DENSE | _BIAS | _same("moe_intermediate_size", routed_scaling_factor=1.0)
+_DEEPSEEK |= {"num_experts": ("n_routed_experts", REQUIRED), "router_aux_loss_coef": ("aux_loss_alpha", 0.0)}
+_DEEPSEEK |= {"num_key_value_heads": ("num_key_value_heads", None)}
+_V2_READ, _V2_WRITE = _deepseek({"greedy": "softmax", "group_limited_greedy": "softmax_groups"}, "greedy")
+_V3_READ, _V3_WRITE = _deepseek({"noaux_tc": "sigmoid_groups"}, "noaux_tc")
+_LFM2_TAPS = {"conv_kernel": ("conv_L_cache", 3), "conv_bias": ("conv_bias", False)}
+_LFM2 = _base("norm_eps", 1e-5, 1, 2, True) | _same(num_key_value_heads=8, head_dim=None) | _LFM2_TAPS
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM", _base(bos=1, eos=2) | _HEADS | _DENSE | _BIAS | _same(mlp_bias=False), {}
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        _base(bos=1, eos=2) | _HEADS | _DENSE,
+        {},
+        read=_all_sliding,
+        write=_write_all_sliding,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        _base() | _HEADS | _DENSE,
+        {"attention_bias": True},
+        read=_some_sliding(lambda file, i: i >= file.get("max_window_layers", 28)),
+        write=_write_some_sliding,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        _base() | _HEADS | _DENSE | _BIAS | _same(head_dim=128),
+        {"qk_norm": True},
+        read=_some_sliding(lambda file, i: i >= file.get("max_window_layers", 28)),
+        write=_write_some_sliding,
+    ),
+    "lfm2": Family(
+        "Lfm2ForCausalLM",
+        _LFM2,
+        {"qk_norm": True},
+        1e6,
+        _both(_lfm2, _lfm2_width),
+        lambda c: {
+            "layer_types": _layers(c),
+            "intermediate_size": c.intermediate_size,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        _base("rms_norm_eps", 1e-5, 1, 2)
+        | _HEADS
+        | _EXPERTS
+        | _ONLY_EXPERTS
+        | _AUX
+        | {"num_experts": ("num_local_experts", REQUIRED)},
+        {"norm_topk_prob": True},
+        1e6,
+        _all_sliding,
+        _write_all_sliding,
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        _base()
+        | _HEADS
+        | _DENSE
+        | _EXPERTS
+        | _AUX
+        | _same("num_experts", "moe_intermediate_size", norm_topk_prob=False)
+        | {
+            "attention_bias": ("qkv_bias", True),
+            "shared_intermediate_size": ("shared_expert_intermediate_size", REQUIRED),
+        },
+        {"shared_expert_gate": True},
+        read=_both(
+            _some_sliding(lambda file, i: i % 2 == 0 and i < file.get("max_window_layers", 28)), _sparse_layers
+        ),
+        write=_both(_write_some_sliding, _write_sparse_layers),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        _base()
+        | _HEADS
+        | _DENSE
+        | _EXPERTS
+        | _AUX
+        | _BIAS
+        | _same("num_experts", "moe_intermediate_size", norm_topk_prob=False),
+        {"qk_norm": True},
+        read=_both(lambda file: _all_sliding({"use_sliding_window": False, **file}), _sparse_layers),
+        write=_both(
+            _write_all_sliding,
+            lambda c: {"use_sliding_window": "sliding_attention" in c.layer_types},
+            _write_sparse_layers,
+        ),
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        _base("rms_norm_eps", 1e-5, None, 50279)
+        | _same(num_key_value_heads=None)
+        | _EXPERTS
+        | _ONLY_EXPERTS
+        | _BIAS
+        | _same("num_experts", clip_qkv=None, norm_topk_prob=False, router_aux_loss_coef=0.01),
+        {"qk_norm": "all"},
+    ),
+    "granitemoe": Family(
+        "GraniteMoeForCausalLM",
+        _base(bos=1, eos=2)
+        | _same(num_key_value_heads=None)
+        | _EXPERTS
+        | _ONLY_EXPERTS
+        | _AUX
+        | _BIAS
+        | _same(attention_multiplier=1.0, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
+        | {"num_experts": ("num_local_experts", REQUIRED)},
+        {"norm_topk_prob": True},
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        _base("rms_norm_eps", 1e-5)
+        | _HEADS
+        | _same("num_experts_per_tok", swiglu_limit=7.0)
+        | _ONLY_EXPERTS
+        | _AUX
+        | {
+            "num_experts": ("num_local_experts", REQUIRED),
+            "attention_bias": ("attention_bias", True),
+            "attention_out_bias": ("attention_bias", True),
+        },
+        {"norm_topk_prob": True, "attention_sinks": True, "expert_biases": True},
+        150000.0,
+        _some_sliding(lambda file, i: i % 2 == 0),
+        lambda c: {"layer_types": _layers(c), "sliding_window": c.sliding_window},
+    ),
+    "lfm2_moe": Family(
+        "Lfm2MoeForCausalLM",
+        _LFM2
+        | _same(
+            "intermediate_size",
+            "moe_intermediate_size",
+            "num_experts",
+            "num_experts_per_tok",
+            norm_topk_prob=True,
+            routed_scaling_factor=1.0,
+            use_expert_bias=True,
+        ),
+        {"qk_norm": True, "router": "sigmoid", "router_eps": 1e-6},
+        1e6,
+        _both(_lfm2, _NUM_DENSE),
+        _both(lambda c: {"layer_types": _layers(c)}, _WRITE_NUM_DENSE),
+    ),
+    "deepseek_v2": Family(
+        "DeepseekV2ForCausalLM",
+        _base(bos=1, eos=2) | _DEEPSEEK | _same(mlp_bias=False),
+        {},
+        read=_both(_FIRST_DENSE, _V2_READ),
+        write=_both(_WRITE_FIRST_DENSE, _V2_WRITE),
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        _base(bos=0, eos=1) | _DEEPSEEK | _same(routed_scaling_factor=2.5, norm_topk_prob=True),
+        {"use_expert_bias": True, "router_eps": 1e-20},
+        read=_both(_FIRST_DENSE, _V3_READ),
+        write=_both(_WRITE_FIRST_DENSE, _V3_WRITE),
+    ),
+}
+# Other names under which a key is found: transformers 5 writes the second.
+_ALSO = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
+_YARN_OF_GPT_OSS = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+# Keys of rope_parameters by our fields, and the kinds that have them.
+_ROPE = {
+    "factor": ("factor", ("linear", "dynamic", "yarn", "llama3")),
+    "original_length": ("original_max_position_embeddings", ("yarn", "llama3")),
+    **{name: (name, ("yarn",)) for name in ("beta_fast", "beta_slow", "truncate", "attention_factor")},
+    **{name: (name, ("yarn",)) for name in ("mscale", "mscale_all_dim")},
+    **{name: (name, ("llama3",)) for name in ("low_freq_factor", "high_freq_factor")},
+}
+
+
+def read(file: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a `DecoderConfig` from the contents of a config.json."""
+    kind = file.get("model_type")
+    if kind not in FAMILIES:
+        raise ConfigError(f"DecoderConfig: model_type must be one of {', '.join(FAMILIES)}; got {kind!r}.")
+    family = FAMILIES[kind]
+    if (quantized := file.get("quantization_config")) is not None:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else quantized
+        raise ConfigError(
+            f"DecoderConfig: the weights are quantized ({method}), which is not read; save them in bfloat16 first "
+            "(transformers: from_pretrained(..., dequantize=True) and save_pretrained)."
+        )
+    keys = {ours: key if key in file else _ALSO.get(key, key) for ours, (key, _) in family.fields.items()}
+    missing = [family.fields[ours][0] for ours, key in keys.items() if key not in file and _default(family, ours)[1]]
+    if missing:
+        raise ConfigError(f"DecoderConfig: config.json lacks {', '.join(dict.fromkeys(missing))}.")
+    fields = {ours: file.get(key, _default(family, ours)[0]) for ours, key in keys.items()}
+    fields |= {**family.fixed, **family.read(file), "family": kind, "rope": _read_rope(file, family, kind)}
+    return {name: _frozen(value) for name, value in fields.items()}
+
+
+def _default(family: Family, ours: str) -> tuple[Any, bool]:
+    default = family.fields[ours][1]
+    return default, default is REQUIRED
+
+
+def _read_rope(file: Mapping[str, Any], family: Family, kind: str) -> Rotary:
+    given = file.get("rope_scaling") or file.get("rope_parameters")
+    if given is None and kind == "gpt_oss":
+        given = _YARN_OF_GPT_OSS
+    given = dict(given or {})
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise ConfigError("DecoderConfig: rotary positions must be the same in all layers; got some for each type.")
+    named = given.get("rope_type", given.get("type", "default"))
+    if named not in KINDS:
+        raise ConfigError(f"DecoderConfig: rope_type must be one of {', '.join(KINDS)}; got {named!r}.")
+    for source in (given, file):
+        if source.get("partial_rotary_factor", 1) not in (1, None):
+            raise ConfigError(
+                f"DecoderConfig: {kind} rotates all channels; got partial_rotary_factor="
+                f"{source['partial_rotary_factor']}."
+            )
+    positions = file.get("max_position_embeddings", 2048)
+    original = file.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+    given["original_max_position_embeddings"] = original or positions
+    if named == "yarn" and given.get("factor") is None:
+        given["factor"] = positions / given["original_max_position_embeddings"]
+    fields = {ours: given[key] for ours, (key, kinds) in _ROPE.items() if named in kinds and given.get(key) is not None}
+    if named == "dynamic":  # transformers counts from the file's own length
+        fields["original_length"] = positions
+    interleaved = kind == "deepseek_v2" or (kind == "deepseek_v3" and file.get("rope_interleave", True))
+    theta = given.get("rope_theta") or file.get("rope_theta") or family.theta
+    try:
+        return Rotary(theta, kind=named, interleaved=interleaved, **fields)
+    except ValueError as fault:
+        raise ConfigError(f"DecoderConfig: {fault}") from fault
+
+
+def write(config: Any) -> dict[str, Any]:
+    """Returns the contents of a config.json for a `DecoderConfig`."""
+    family = FAMILIES[config.family]
+    rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
+    for ours, (key, kinds) in _ROPE.items():
+        value = getattr(config.rope, ours)
+        if config.rope.kind in kinds and value is not None:
+            rope[key] = value
+    written = {key: _json(getattr(config, ours)) for ours, (key, _) in family.fields.items()}
+    # What is None here is not what it would be there.
+    written |= {name: value for name, value in _resolved(config).items() if name in family.fields}
+    written = {key: value for key, value in written.items() if value is not None or key in _NULLABLE}
+    contents = {
+        "architectures": [family.architecture],
+        "model_type": config.family,
+        **written,
+        "rope_parameters": rope,
+        **({"rope_interleave": config.rope.interleaved} if config.family == "deepseek_v3" else {}),
+        **family.write(config),
+    }
+    back = type(config)(**read(contents))
+    lost = [f.name for f in dataclasses.fields(config) if _differ(config, back, f.name)]
+    if lost:
+        told = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
+        raise ConfigError(f"DecoderConfig: {config.family} of transformers has no word for {told}.")
+    return contents
+
+
+def _resolved(config: Any) -> dict[str, int]:
+    return {"num_key_value_heads": config.kv_heads, "head_dim": config.head_width}
+
+
+# Where transformers means something else by a missing key than by null.
+_NULLABLE = {"q_lora_rank", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def _differ(one: Any, other: Any, name: str) -> bool:
+    if name == "layer_types":
+        return _layers(one) != _layers(other)
+    if name == "num_key_value_heads":
+        return one.kv_heads != other.kv_heads
+    if name == "head_dim":
+        return one.kv_lora_rank is None and one.head_width != other.head_width
+    if name == "sliding_window" and "sliding_attention" not in one.layer_types:
+        return False
+    return getattr(one, name) != getattr(other, name)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, which JSON has, as tuples."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
