@@ -44,6 +44,10 @@ class Impl:
       fwd: (*arrays, **options) -> tuple of arrays. Absent arguments are None.
       bwd: (residuals, cotangents, **options) -> tuple with a cotangent for each argument of `fwd` (None where there
         is none). None borrows the backward of the platform's XLA form, which may itself be left to JAX.
+      save: (*arrays, **options) -> (what `fwd` returns, what else the backward needs): the forward of a call that is
+        differentiated, where keeping more than the arguments is worth its memory. What is kept belongs to the op: all
+        XLA forms of one give the same, and `bwd` gets it behind the arguments, as the last residual. A kernel without
+        one borrows that of the platform's XLA form.
       why_not: (*arrays, **options) -> None, or the sentence that says why this call cannot be taken. Looks at shapes
         and dtypes only.
       interpret: of a kernel: (part, *args, **options) -> what `fwd` or `bwd`, whichever `part` names, would return, by
@@ -52,6 +56,7 @@ class Impl:
 
     fwd: Callable
     bwd: Callable | None = None
+    save: Callable | None = None
     why_not: Callable[..., str | None] = _accepts_all
     interpret: Callable[..., tuple] | None = None
 
@@ -72,7 +77,7 @@ class Table:
     xla: tuple[tuple[str, str], ...]
 
     def get(self, platform: str, part: str) -> Callable:
-        """Returns the function that runs `part` ("fwd" or "bwd") on `platform`."""
+        """Returns the function that runs `part` ("fwd", "save" or "bwd") on `platform`."""
         names, forms = dict(self.names), dict(self.xla)
         known = implementations(self.op)
         form = known[forms.get(platform, forms["default"])]
@@ -86,7 +91,15 @@ class Table:
                 f"{platform}. Leave implementation=None to let portable choose."
             )
         kernel = getattr(known[name], part)
-        return functools.partial(_where_taken, known[name].why_not, kernel, serve) if kernel else serve
+        if kernel is None:
+            return serve
+
+        def where_taken(*args, **options) -> tuple:
+            # A named kernel was asked before (`choose`); an automatic one is asked here, where its platform is lowered.
+            arrays = args if part != "bwd" else args[0][:-1] if self.saves else args[0]
+            return (serve if known[name].why_not(*arrays, **options) else kernel)(*args, **options)
+
+        return where_taken
 
     @property
     def forms(self) -> "Table":
@@ -94,16 +107,15 @@ class Table:
         return Table(self.op, self.xla, self.xla)
 
     @property
+    def saves(self) -> bool:
+        """Whether a differentiated call keeps more than its arguments."""
+        return implementations(self.op)[dict(self.xla)["default"]].save is not None
+
+    @property
     def plain(self) -> bool:
         """Whether one form without a backward of its own runs everywhere, to be differentiated by JAX in any mode."""
         (name, *others) = {name for _, name in self.names}
         return not others and name not in KERNEL_HOMES and implementations(self.op)[name].bwd is None
-
-
-def _where_taken(why_not: Callable, kernel: Callable, serve: Callable, *args, **options) -> tuple:
-    # A named kernel was asked before (`choose`); an automatic one is asked here, where its platform is lowered.
-    arrays = args[0] if isinstance(args[0], tuple) else args
-    return (serve if why_not(*arrays, **options) else kernel)(*args, **options)
 
 
 def _derivative(fwd: Callable, residuals, cotangents, **options) -> tuple:
@@ -215,8 +227,8 @@ def choose(op: str, name: str | None = None, *args, **options) -> Table:
 def call(op: str, implementation: str | None, arrays: tuple, options: dict[str, Any]) -> tuple:
     """Runs an op's chosen implementation, differentiable in reverse mode (a `Table.plain` one in every mode).
 
-    The derivative stands outside the choice of platform, and its residuals are the op's own arguments, so any forward
-    pairs with any backward.
+    The derivative stands outside the choice of platform, and its residuals belong to the op (its arguments, and what
+    `Impl.save` says), so any forward pairs with any backward.
 
     Args:
       op: the op's name.
@@ -236,12 +248,19 @@ def _forward(table: Table, options: tuple, *arrays) -> tuple:
     return run(table, "fwd", *arrays, **dict(options))
 
 
+def _saved(table: Table, options: tuple, *arrays) -> tuple:
+    if not table.saves:
+        return _forward(table, options, *arrays), arrays
+    out, saved = run(table, "save", *arrays, **dict(options))
+    return out, (*arrays, saved)
+
+
 def _backward(table: Table, options: tuple, residuals, cotangents) -> tuple:
     return run(table, "bwd", residuals, cotangents, **dict(options))
 
 
 _differentiable = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
-_differentiable.defvjp(lambda table, options, *arrays: (_forward(table, options, *arrays), arrays), _backward)
+_differentiable.defvjp(_saved, _backward)
 # Layers of equal shapes share one trace. Inlined: XLA for TPUs would lay out the arguments and results of a computation
 # with several callers without regard to them, and copy.
 _traced_once = jax.jit(_differentiable, static_argnums=(0, 1), inline=True)

@@ -78,15 +78,16 @@ def test_the_definition_has_the_slopes_of_finite_differences(op, seed):
     with jax.enable_x64(True):
         args, kwargs = numbers._wide(args), numbers._wide(kwargs)
         function = getattr(portable.ops, op)
-        floats = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating)]
+        leaves, tree = jax.tree.flatten(args)
+        floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
 
         def value(*changed):
-            full = list(args)
+            full = list(leaves)
             for i, x in zip(floats, changed, strict=True):
                 full[i] = x
-            return jax.tree.leaves(function(*full, **kwargs, implementation="reference"))
+            return jax.tree.leaves(function(*tree.unflatten(full), **kwargs, implementation="reference"))
 
-        check_grads(value, [args[i] for i in floats], order=1, modes=["rev"], eps=1e-6, rtol=1e-6)
+        check_grads(value, [leaves[i] for i in floats], order=1, modes=["rev"], eps=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("op, kernel", KERNELS)
