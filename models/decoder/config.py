@@ -54,7 +54,7 @@ class DecoderConfig:
       n_group, topk_group: groups of experts, and how many of them a token may use.
       use_expert_bias: the sigmoid routers add a bias to the scores that choose, not to the weights.
       expert_biases: biases on router and experts.
-      swiglu_limit: gates are clipped from above and the other half on both sides, as gpt-oss does; None for no limit.
+      clamped_experts: experts have gpt-oss' activation in place of hidden_act.
       shared_intermediate_size: width of the expert that every token takes; None for none.
       shared_expert_gate: a sigmoid gate on it.
       router_aux_loss_coef: factor of the routers' load balance in the training loss.
@@ -106,7 +106,7 @@ class DecoderConfig:
     topk_group: int = 1
     use_expert_bias: bool = False
     expert_biases: bool = False
-    swiglu_limit: float | None = None
+    clamped_experts: bool = False
     shared_intermediate_size: int | None = None
     shared_expert_gate: bool = False
     router_aux_loss_coef: float = 0.0

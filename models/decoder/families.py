@@ -188,6 +188,17 @@ def _both(*functions: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[s
     return run
 
 
+def _clamp(file: Mapping[str, Any]) -> dict[str, Any]:
+    """gpt-oss' activation has one slope and one limit in `portable.ops.moe_ffn`."""
+    slope, limit = file.get("swiglu_alpha", 1.702), file.get("swiglu_limit", 7.0)
+    if (slope, limit) != (1.702, 7.0):
+        raise ConfigError(
+            f"DecoderConfig: experts of gpt_oss are clamped at 7 with slope 1.702; got swiglu_limit={limit}, "
+            f"swiglu_alpha={slope}."
+        )
+    return {"clamped_experts": True}
+
+
 _LATENT = _same("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", q_lora_rank=None)
 _FIRST_DENSE, _WRITE_FIRST_DENSE = _leading("first_k_dense_replace")
 _NUM_DENSE, _WRITE_NUM_DENSE = _leading("num_dense_layers")
@@ -200,9 +211,7 @@ _LFM2_TAPS = {"conv_kernel": ("conv_L_cache", 3), "conv_bias": ("conv_bias", Fal
 _LFM2 = _base("norm_eps", 1e-5, 1, 2, True) | _same(num_key_value_heads=8, head_dim=None) | _LFM2_TAPS
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        "LlamaForCausalLM", _base(bos=1, eos=2) | _HEADS | _DENSE | _BIAS | _same(mlp_bias=False), {}
-    ),
+    "llama": Family("LlamaForCausalLM", _base(bos=1, eos=2) | _HEADS | _DENSE | _BIAS | _same(mlp_bias=False), {}),
     "mistral": Family(
         "MistralForCausalLM",
         _base(bos=1, eos=2) | _HEADS | _DENSE,
@@ -262,9 +271,7 @@ FAMILIES: dict[str, Family] = {
             "shared_intermediate_size": ("shared_expert_intermediate_size", REQUIRED),
         },
         {"shared_expert_gate": True},
-        read=_both(
-            _some_sliding(lambda file, i: i % 2 == 0 and i < file.get("max_window_layers", 28)), _sparse_layers
-        ),
+        read=_both(_some_sliding(lambda file, i: i % 2 == 0 and i < file.get("max_window_layers", 28)), _sparse_layers),
         write=_both(_write_some_sliding, _write_sparse_layers),
     ),
     "qwen3_moe": Family(
@@ -310,7 +317,7 @@ FAMILIES: dict[str, Family] = {
         "GptOssForCausalLM",
         _base("rms_norm_eps", 1e-5)
         | _HEADS
-        | _same("num_experts_per_tok", swiglu_limit=7.0)
+        | _same("num_experts_per_tok")
         | _ONLY_EXPERTS
         | _AUX
         | {
@@ -320,7 +327,7 @@ FAMILIES: dict[str, Family] = {
         },
         {"norm_topk_prob": True, "attention_sinks": True, "expert_biases": True},
         150000.0,
-        _some_sliding(lambda file, i: i % 2 == 0),
+        _both(_some_sliding(lambda file, i: i % 2 == 0), _clamp),
         lambda c: {"layer_types": _layers(c), "sliding_window": c.sliding_window},
     ),
     "lfm2_moe": Family(
@@ -386,6 +393,10 @@ def read(file: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"DecoderConfig: config.json lacks {', '.join(dict.fromkeys(missing))}.")
     fields = {ours: file.get(key, _default(family, ours)[0]) for ours, key in keys.items()}
     fields |= {**family.fixed, **family.read(file), "family": kind, "rope": _read_rope(file, family, kind)}
+    d, heads = fields["hidden_size"], fields["num_attention_heads"]
+    fields["num_key_value_heads"] = fields["num_key_value_heads"] or heads
+    if fields.get("head_dim") is None and "kv_lora_rank" not in fields and type(d) is type(heads) is int:
+        fields["head_dim"] = d // heads if heads and d % heads == 0 else None  # what does not fit is told later
     return {name: _frozen(value) for name, value in fields.items()}
 
 

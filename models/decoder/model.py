@@ -5,8 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from portable import nn
+from portable import nn, ops
 from portable.models.decoder.config import DecoderConfig
+from portable.models.decoder.experts import Experts
 from portable.models.language_model import LanguageModel
 from portable.nn.rotary import yarn_scale
 
@@ -17,7 +18,7 @@ class DecoderBlock(nnx.Module):
     Attributes:
       mixer_norm, mlp_norm: RMSNorm over the width.
       mixer: `portable.nn.Attention`, `portable.nn.LatentAttention` or `portable.nn.ShortConv`.
-      mlp: `portable.nn.GatedMLP` or `portable.nn.MoE`.
+      mlp: `portable.nn.GatedMLP` or `Experts`.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -28,19 +29,18 @@ class DecoderBlock(nnx.Module):
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         options["kernel_init"] = nnx.initializers.normal(config.initializer_range)
         d = config.hidden_size
-        self.mixer_norm, self.mlp_norm = (
-            nn.RMSNorm(d, eps=config.norm_eps, param_dtype=param_dtype) for _ in range(2)
-        )
+        self.mixer_norm, self.mlp_norm = (nn.RMSNorm(d, eps=config.norm_eps, param_dtype=param_dtype) for _ in range(2))
         self.mixer = _mixer(config, layer, options)
         if config.has_experts(layer):
-            self.mlp = _experts(config, options)
+            self.mlp = Experts(config, **options)
         else:
             assert config.intermediate_size is not None
             self.mlp = nn.GatedMLP(
                 d, config.intermediate_size, activation=config.hidden_act, use_bias=config.mlp_bias, **options
             )
         self.residual_multiplier = config.residual_multiplier
-        self.router_aux_loss_coef = config.router_aux_loss_coef / max(1, config.num_hidden_layers - len(config.dense_layers))
+        # The mean of the layers with experts, times the coefficient.
+        self.balance = config.router_aux_loss_coef / max(1, config.num_hidden_layers - len(config.dense_layers))
 
     def __call__(self, x, **options):
         """Returns x [b, t, d] after the block, or (x, state) with `return_state`; options as `portable.nn.Attention`.
@@ -51,20 +51,24 @@ class DecoderBlock(nnx.Module):
         out = self.mixer(self.mixer_norm(x), **options)
         out, state = out if options.get("return_state") else (out, None)
         x = self._add(x, out)
-        if isinstance(self.mlp, nn.GatedMLP):
-            x = self._add(x, self.mlp(self.mlp_norm(x)))
-        else:
-            out, routing = self.mlp(self.mlp_norm(x), return_routing=True)
-            x = self._add(x, out)
-            aux = [a + self.router_aux_loss_coef * nn.load_balance_loss(routing) for a in aux]
-        x = (x, *aux) if aux else x
+        out, routing = self._feed(x)
+        x = self._add(x, out)
+        if aux:
+            # transformers' normalisation, which published coefficients are made for: shares of the tokens.
+            loss = ops.load_balance_loss(routing, share_of="tokens") if routing is not None else 0.0
+            x = (x, aux[0] + self.balance * loss)
         return (x, state) if options.get("return_state") else x
 
     def step(self, x, state: Any):
         """One position: (x [b, d], state) -> (x [b, d], state)."""
         out, state = self.mixer.step(self.mixer_norm(x), state)
         x = self._add(x, out)
-        return self._add(x, self.mlp(self.mlp_norm(x))), state
+        return self._add(x, self._feed(x)[0]), state
+
+    def _feed(self, x) -> tuple[Any, ops.Routing | None]:
+        """Returns the feed-forward branch, and how its tokens were routed if it has experts."""
+        x = self.mlp_norm(x)
+        return self.mlp(x) if isinstance(self.mlp, Experts) else (self.mlp(x), None)
 
     def _add(self, x, branch):
         return x + (branch if self.residual_multiplier == 1 else branch * self.residual_multiplier).astype(x.dtype)

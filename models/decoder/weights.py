@@ -1,6 +1,6 @@
 """Where the tensors of transformers' checkpoints lie in `Decoder`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from portable.checkpoint import Rule, WeightMap, depthwise, transposed
 from portable.checks import CheckpointError
@@ -13,9 +13,8 @@ _LFM2 |= {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _SPELLED = {
     "lfm2": _LFM2,
     "lfm2_moe": _LFM2,
-    "mixtral": {"moe": "block_sparse_moe", "expert_gate": "w1", "expert_up": "w3", "expert_down": "w2"},
-    "granitemoe": {"moe": "block_sparse_moe", "router": "router.layer"},
-    "gpt_oss": {"router": "router"},
+    "mixtral": {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    "granitemoe": {"mlp": "block_sparse_moe"},
 }
 
 
@@ -58,10 +57,11 @@ def weight_map(config: DecoderConfig) -> WeightMap:
         out = "conv.out_proj" if config.layer_type(i) == "conv" else f"self_attn.{name('o_proj')}"
         rules.append(Rule(f"model.layers.{i}.{out}.weight", f"layers.{i}.mixer.out.kernel", transposed))
         rules.append(Rule(f"model.layers.{i}.{out}.bias", f"layers.{i}.mixer.out.bias"))
-    for tensor, module in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
-        rules.append(Rule(f"{there}self_attn.{name(tensor)}.weight", f"{here}mixer.{module}.scale"))
     rules.append(Rule(f"{there}self_attn.sinks", f"{here}mixer.sinks"))
-    if config.kv_lora_rank is not None:
+    if config.kv_lora_rank is None:
+        for tensor, module in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
+            rules.append(Rule(f"{there}self_attn.{name(tensor)}.weight", f"{here}mixer.{module}.scale"))
+    else:
         dense("self_attn.q_a_proj", "mixer.query_down")
         rules.append(Rule(f"{there}self_attn.q_a_layernorm.weight", f"{here}mixer.query_norm.scale"))
         dense("self_attn.q_b_proj", "mixer.query_up")
@@ -75,7 +75,40 @@ def weight_map(config: DecoderConfig) -> WeightMap:
         rules.append(Rule(f"{there}conv.conv.bias", f"{here}mixer.conv.bias"))
     for part in ("gate", "up", "down"):
         dense(f"{name('mlp')}.{name(f'{part}_proj')}", f"mlp.{part}")
+    if config.num_experts:
+        rules += _experts(config, there + name("mlp"), f"{here}mlp", name)
     return WeightMap(tuple(rules), repeats={head: embedding}, prefix="model.", ignored=_ignored(config))
+
+
+def _experts(config: DecoderConfig, there: str, here: str, name: Callable[[str], str]) -> list[Rule]:
+    """The rules of a layer of experts, `there` in the file and `here` in the model."""
+    router = "router.layer" if config.family == "granitemoe" else "router" if config.family == "gpt_oss" else "gate"
+    bias = "expert_bias" if config.family == "lfm2_moe" else "gate.e_score_correction_bias"
+    rules = [
+        Rule(f"{there}.{router}.weight", f"{here}.router.kernel", transposed),
+        Rule(f"{there}.{router}.bias", f"{here}.router.bias"),
+        Rule(f"{there}.{bias}", f"{here}.selection_bias"),
+        Rule(f"{there}.shared_expert_gate.weight", f"{here}.shared_gate.kernel", transposed),
+    ]
+    shared = "shared_experts" if config.kv_lora_rank is not None else "shared_expert"
+    gates = f"{here}.gate", f"{here}.up"
+    for part in ("gate", "up", "down"):
+        rules.append(Rule(f"{there}.{shared}.{part}_proj.weight", f"{here}.shared.{part}.kernel", transposed))
+        rules.append(Rule(f"{there}.{shared}.{part}_proj.bias", f"{here}.shared.{part}.bias"))
+    if config.family == "granitemoe":
+        rules.append(Rule(f"{there}.input_linear.weight", gates, transposed, axis=1))
+        rules.append(Rule(f"{there}.output_linear.weight", f"{here}.down", transposed))
+    elif config.family == "gpt_oss":
+        biases = f"{here}.gate_bias", f"{here}.up_bias"
+        rules.append(Rule(f"{there}.experts.gate_up_proj", gates, axis=2, turns=(1, 1)))
+        rules.append(Rule(f"{there}.experts.gate_up_proj_bias", biases, axis=1, turns=(1, 1)))
+        rules.append(Rule(f"{there}.experts.down_proj", f"{here}.down"))
+        rules.append(Rule(f"{there}.experts.down_proj_bias", f"{here}.down_bias"))
+    else:
+        for part in ("gate", "up", "down"):
+            tensor = f"{there}.experts.{{e}}.{name(f'{part}_proj')}.weight"
+            rules.append(Rule(tensor, f"{here}.{part}", transposed))
+    return rules
 
 
 def _ignored(config: DecoderConfig) -> str:

@@ -246,7 +246,8 @@ def _new(kind: str, given: dict, tokenizer):
         **_special(tokenizer),
     }
     if kind == "mamba2":  # which refuses a head_dim of 0 itself
-        return Mamba2Config(**common, num_heads=2 * width // max(1, head_dim), state_size=state_size, rescale_prenorm_residual=True)
+        heads = 2 * width // max(1, head_dim)
+        return Mamba2Config(**common, num_heads=heads, state_size=state_size, rescale_prenorm_residual=True)
     if given["--state-size"] is not None:
         raise ConfigError(f"--model {kind} has no use for --state-size: leave it out.")
     common |= {"family": kind, "num_attention_heads": max(1, width // max(1, head_dim)), "tie_word_embeddings": True}

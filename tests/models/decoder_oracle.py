@@ -92,7 +92,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": (
         "GptOss",
-        LOCAL | {"head_dim": 8, "sliding_window": 4, "swiglu_limit": 0.7} | _rope("yarn", **_YARN, truncate=False),
+        LOCAL | {"head_dim": 8, "sliding_window": 4} | _rope("yarn", **_YARN, truncate=False),
     ),
     "lfm2_moe": (
         "Lfm2Moe",
@@ -155,12 +155,21 @@ def tokens(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, BASE["vocab_size"], shape)
 
 
+def forward(name: str, given: np.ndarray) -> Any:
+    """Returns transformers' logits; dynamic frequencies are those of this row, not of a longer one before it."""
+    torch = need("torch")
+    rotary = getattr(oracle(name).model, "rotary_emb", None)
+    if getattr(rotary, "rope_type", "") == "dynamic":
+        rotary.inv_freq, rotary.max_seq_len_cached = rotary.original_inv_freq, rotary.original_max_seq_len
+    return oracle(name)(torch.tensor(given), use_cache=False).logits
+
+
 def logits(name: str) -> float:
     """Returns the distance of the logits."""
     torch = need("torch")
     given = tokens((2, 19))
     with torch.no_grad():
-        want = oracle(name)(torch.tensor(given), use_cache=False).logits.numpy()
+        want = forward(name, given).numpy()
     graphdef, state = nnx.split(loaded(name))
     got = jax.jit(lambda state, given: nnx.merge(graphdef, state)(given))(state, jnp.asarray(given))
     return relative(got, want)
@@ -172,7 +181,7 @@ def gradients(name: str) -> dict[str, float]:
     theirs, given = oracle(name), tokens((2, 11), seed=3)
     weights = np.random.default_rng(1).standard_normal((*given.shape, BASE["vocab_size"])).astype(np.float32)
     theirs.zero_grad()
-    (theirs(torch.tensor(given), use_cache=False).logits * torch.tensor(weights)).sum().backward()
+    (forward(name, given) * torch.tensor(weights)).sum().backward()
     kept = {key: p.detach().clone() for key, p in theirs.named_parameters()}
     try:
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

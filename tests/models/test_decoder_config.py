@@ -50,7 +50,7 @@ def test_what_a_family_assumes_where_the_file_is_silent():
 
 
 BAD = {
-    "unknown rope type": (LLAMA | {"rope_scaling": {"rope_type": "longrope"}}, "rope_type must be one of", "'longrope'"),
+    "unknown rope type": (LLAMA | {"rope_scaling": {"type": "longrope"}}, "rope_type must be one of", "'longrope'"),
     "unknown router": (DEEPSEEK | {"topk_method": "hash"}, "topk_method must be one of noaux_tc; got 'hash'"),
     "too many experts a token": (MIXTRAL | {"num_experts_per_tok": 5}, "must be in 1..num_experts=4; got 5"),
     "groups": (DEEPSEEK | {"n_group": 3}, "n_group must divide num_experts; got 3 and 8"),
@@ -66,6 +66,10 @@ BAD = {
     "part of the channels": (LLAMA | {"partial_rotary_factor": 0.5}, "rotates all channels; got partial_rotary_factor"),
     "activation": (LLAMA | {"hidden_act": "xielu"}, "hidden_act must be one of", "'xielu'"),
     "quantized": (MIXTRAL | {"quantization_config": {"quant_method": "mxfp4"}}, "weights are quantized (mxfp4)"),
+    "another clamp": (
+        MIXTRAL | {"model_type": "gpt_oss", "sliding_window": 4, "swiglu_limit": 5.0},
+        "clamped at 7 with slope 1.702; got swiglu_limit=5.0",
+    ),
     "not a number": (LLAMA | {"num_hidden_layers": "4"}, "num_hidden_layers must be an integer of at least 1; got '4'"),
     "another model": (LLAMA | {"model_type": "gpt2"}, "model_type must be one of", "'gpt2'"),
 }
@@ -81,7 +85,7 @@ def test_refusals(name):
 
 
 def test_unknown_router_of_a_configuration():
-    with pytest.raises(ConfigError, match="router must be one of softmax, .*; got 'hash'"):
+    with pytest.raises(ConfigError, match=r"router must be one of softmax, .*; got 'hash'"):
         dataclasses.replace(DecoderConfig.from_dict(MIXTRAL), router="hash")
 
 
@@ -99,6 +103,6 @@ def test_a_family_without_a_word_for_an_option_is_not_written(change, told):
 def test_written_and_read_again(family):
     file = DEEPSEEK | MIXTRAL | {"num_experts": 4, "n_group": 2, "sliding_window": 3, "use_sliding_window": True}
     file |= {"model_type": family, "layer_types": ["full_attention"] * 4, "shared_expert_intermediate_size": 8}
-    file |= {"topk_group": 1, "topk_method": None, "n_routed_experts": 4}
+    file |= {"topk_group": 1, "topk_method": None, "n_routed_experts": 4, "num_key_value_heads": 1}
     config = DecoderConfig.from_dict(file)
     assert DecoderConfig.from_dict(config.to_dict()) == config
