@@ -1,5 +1,6 @@
 """What language models share: embedding, layers, final norm, head, and the calls around them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ class LanguageModel(nnx.Module):
     def __init__(
         self,
         config: Any,
-        layers: list[nnx.Module],
+        layers: Sequence[nnx.Module],
         *,
         rows: int,
         norm_eps: float,
@@ -55,7 +56,7 @@ class LanguageModel(nnx.Module):
             embedding_metadata={"axes": ("vocab", "embed")},
             rngs=rngs,
         )
-        self.layers = nnx.List(layers)
+        self.layers: Any = nnx.List(layers)
         self.norm = nn.RMSNorm(d, eps=norm_eps, param_dtype=param_dtype)
         self.head = nnx.data(None)
         if not config.tie_word_embeddings:

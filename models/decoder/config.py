@@ -143,7 +143,8 @@ class DecoderConfig:
             self._rule(not missing, f"kv_lora_rank needs {', '.join(missing)} too; got none")
 
     def _check(self, name: str, kind: str, value: Any) -> None:
-        if value is None and "None" in kind:
+        if value is None:
+            self._rule("None" in kind, f"{name} must not be null")
             return
         if "tuple" in kind and isinstance(value, tuple):
             inner = str if "str" in kind else int

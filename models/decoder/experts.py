@@ -89,10 +89,10 @@ class Experts(nnx.Module):
         x = x.astype(self.dtype)
         bias = None if self.selection_bias is None else self.selection_bias[...]
         routing = ops.route(self.router(x.astype(self.router.dtype)), bias=bias, **self.routing)
-        weights = (p[...].astype(self.dtype) for p in (self.gate, self.up, self.down))
+        gate, up, down = (p[...].astype(self.dtype) for p in (self.gate, self.up, self.down))
         names = {"b_gate": self.gate_bias, "b_up": self.up_bias, "b_down": self.down_bias}
         biases = {name: None if p is None else p[...].astype(self.dtype) for name, p in names.items()}
-        y = ops.moe_ffn(x, *weights, routing, activation=self.activation, **biases)
+        y = ops.moe_ffn(x, gate, up, down, routing, activation=self.activation, **biases)
         if self.shared is not None:
             shared = self.shared(x)
             if self.shared_gate is not None:

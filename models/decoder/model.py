@@ -74,7 +74,7 @@ class DecoderBlock(nnx.Module):
         return x + (branch if self.residual_multiplier == 1 else branch * self.residual_multiplier).astype(x.dtype)
 
 
-def _mixer(config: DecoderConfig, layer: int, options: dict[str, Any]) -> nnx.Module:
+def _mixer(config: DecoderConfig, layer: int, options: dict[str, Any]) -> Any:
     d, kind = config.hidden_size, config.layer_type(layer)
     if kind == "conv":
         return nn.ShortConv(d, taps=config.conv_kernel, use_bias=config.conv_bias, **options)

@@ -91,7 +91,10 @@ class LatentAttention(nnx.Module):
         self.scale = (head_dim + rope_dim) ** -0.5 if scale is None else scale
         options = {"kernel_init": kernel_init, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         queries = num_heads * (head_dim + rope_dim)
-        self.query = self.query_down = self.query_norm = self.query_up = nnx.data(None)
+        self.query: Any = nnx.data(None)
+        self.query_down: Any = nnx.data(None)
+        self.query_norm: Any = nnx.data(None)
+        self.query_up: Any = nnx.data(None)
         if query_rank is None:
             self.query = linear(d, queries, ("embed", "heads"), use_bias=False, **options)
         else:
@@ -185,7 +188,7 @@ class LatentAttention(nnx.Module):
             return self._absorbed(plain, turned, latents, **options)
         return self._expanded(plain, turned, latents, **options)
 
-    def _expanded(self, plain, turned, latents, **options):
+    def _expanded(self, plain, turned, latents, **options) -> Any:
         """Returns [b, t, h, v]: attention to keys and values of every head, built from the latents."""
         b, s, _ = latents.shape
         c, key = latents[..., : self.kv_rank], latents[..., self.kv_rank :]
@@ -203,8 +206,8 @@ class LatentAttention(nnx.Module):
         q = jnp.einsum("bthn,rhn->bthr", plain, up, preferred_element_type=wide).astype(self.dtype)
         q, kv = jnp.concatenate([q, turned], axis=-1), latents[:, :, None]
         # The shared key is averaged along with the latents and dropped: cheaper than a copy of the cache without it.
-        mean = ops.attention(q, kv, kv, is_causal=True, scale=self.scale, **options)[..., : self.kv_rank]
-        return jnp.einsum("bthr,rhv->bthv", mean, down, preferred_element_type=wide).astype(self.dtype)
+        mean: Any = ops.attention(q, kv, kv, is_causal=True, scale=self.scale, **options)
+        return jnp.einsum("bthr,rhv->bthv", mean[..., : self.kv_rank], down, preferred_element_type=wide).astype(self.dtype)
 
     def _check(self, u, rank: int) -> None:
         wanted = "[b, t, d]" if rank == 3 else "[b, d]"

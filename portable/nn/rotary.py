@@ -95,7 +95,8 @@ class Rotary:
         # trained on: a difference in the last bit is one of degrees at far positions.
         exponents = np.arange(0, dims, 2).astype(dtype) / dtype(dims)
         if self.kind == "dynamic" and lengths is not None:
-            stretch = self.factor * jnp.maximum(lengths, self.original_length) / self.original_length
+            trained = self.original_length or 1
+            stretch = self.factor * jnp.maximum(lengths, trained) / trained
             base = self.theta * (stretch - (self.factor - 1)).astype(dtype) ** (dims / (dims - 2))
             return 1.0 / base[:, None] ** exponents
         plain = (dtype(1) / dtype(self.theta) ** exponents).astype(dtype)
