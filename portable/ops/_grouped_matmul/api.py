@@ -24,8 +24,8 @@ def grouped_matmul(
 
     Args:
       x: [m, d], rows in the order of their groups.
-      w: [e, d, f], a matrix for each group; or e arrays [d, f], which a CPU multiplies with where they lie: of a stacked
-        one it reads a copy of each group's matrix.
+      w: [e, d, f], a matrix for each group; or e arrays [d, f], which a CPU multiplies with where they lie: of a
+        stacked one it reads a copy of each group's matrix.
       group_sizes: [e], integers; their sum is at most m.
       implementation: "reference", "xla" (the platform's form) or "xla_small_tiles", "xla_large_tiles", "xla_ragged".
 
@@ -82,5 +82,3 @@ def check_experts(op: str, name: str, w, letters: str, sizes: dict[str, int]):
     if sizes.setdefault("e", len(w)) != len(w):
         raise ValueError(f"{op}: {name} must have e={sizes['e']} arrays; got {len(w)}.")
     return tuple(w)
-
-

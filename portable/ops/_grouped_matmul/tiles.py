@@ -87,7 +87,9 @@ def walk(body: Callable, carry, weights: tuple, group_sizes, sizes: tuple[int, .
         for size, (first, count) in zip(sizes, cuts, strict=True):
 
             def tile(i, carry, size=size, first=first):
-                return body(carry, Tile(e, first + i * size, end, size, functools.partial(_product_of_matrix, matrices)))
+                return body(
+                    carry, Tile(e, first + i * size, end, size, functools.partial(_product_of_matrix, matrices))
+                )
 
             carry = lax.fori_loop(0, count, tile, carry)
         return carry, None

@@ -1,4 +1,4 @@
-"""`jax.lax.ragged_dot`: a grouped kernel of XLA's on a TPU, and a masked product with every group's matrix elsewhere."""
+"""`jax.lax.ragged_dot`: a grouped kernel of XLA's on a TPU, a masked product with every group's matrix elsewhere."""
 
 import jax
 import jax.numpy as jnp

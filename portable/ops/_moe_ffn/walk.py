@@ -1,0 +1,109 @@
+"""Tiles of rows through the whole network of their expert: what lies between its products never leaves the tile."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from portable.ops._grouped_matmul import tiles
+from portable.ops._moe_ffn import compose
+from portable.ops._moe_ffn.activations import activate
+from portable.ops._moe_ffn.arguments import Arguments
+from portable.selection import Impl
+
+
+def implementation(sizes: tuple[int, ...], buckets: tuple[int, ...]) -> Impl:
+    """Returns the implementation that walks tiles of these sizes, and sums gradients over these numbers of rows."""
+
+    def outer(x, dy, group_sizes, w):
+        return tiles.outer(x, dy, group_sizes, buckets, w[0].dtype)
+
+    engine = compose.Engine(lambda *args: tiles.matmul(*args[:3], sizes, args[3]), outer)
+    return Impl(
+        fwd=lambda *arrays, **options: _forward(sizes, False, *arrays, **options)[0],
+        save=functools.partial(_forward, sizes, True),
+        bwd=functools.partial(_backward, engine, sizes),
+    )
+
+
+def _networks(a: Arguments):
+    """Returns the experts' matrices that there are, and the position of each by name."""
+    given = {name: w for name in ("w_gate", "w_up", "w_down") if (w := getattr(a, name)) is not None}
+    return tuple(given.values()), {name: i for i, name in enumerate(given)}
+
+
+def _forward(sizes: tuple[int, ...], keep: bool, *arrays, activation, capacity):
+    """Returns the result, and the products with w_gate and w_up where `keep` is set."""
+    del capacity
+    a = Arguments(*arrays)
+    plan = compose.make_plan(a)
+    weights, at = _networks(a)
+    tokens, rows = a.x.shape[0], plan.order.size
+    # An expert stands once in a token's choices.
+    sizes = tiles.sizes_for(tokens, sizes)
+    token = tiles.padded(plan.token, sizes)
+    width = a.w_up[0].shape[1]
+    count = 2 if keep and a.w_gate is not None else 1 if keep else 0
+    empty = [jnp.zeros((rows + sizes[0], a.x.shape[1]), a.x.dtype)]
+    empty += [jnp.zeros((rows + sizes[0], width), a.x.dtype)] * count
+    carry = tiles.vary_together_like(a.x, *empty)
+
+    def body(carry, tile):
+        out, *kept = carry
+        x = a.x[tile.read(token)]
+
+        def product(name, bias, x):
+            if name not in at:
+                return None
+            y = tile.product(at[name], x)
+            return y if bias is None else y + bias[tile.e]
+
+        gate, up = product("w_gate", a.b_gate, x), product("w_up", a.b_up, x)
+        out = tile.write(out, product("w_down", a.b_down, activate(activation, gate, up).astype(a.x.dtype)))
+        made = [s for s in (gate, up) if s is not None]
+        return (out, *[tile.write(k, s) for k, s in zip(kept, made, strict=False)])
+
+    out, *kept = tiles.walk(body, carry, weights, plan.group_sizes, sizes, rows)
+    kept = [k[:rows] for k in kept]
+    return compose.finish(a, plan, out[:rows]), (kept[0] if count == 2 else None, kept[-1] if kept else None)
+
+
+def _backward(engine: compose.Engine, sizes: tuple[int, ...], residuals, cotangents, *, activation, capacity):
+    """Returns the cotangents of `Arguments`; residuals are those arguments and what `_forward` kept."""
+    del capacity
+    *arrays, saved = residuals
+    a, (dout,) = Arguments(*arrays), cotangents
+    plan = compose.make_plan(a)
+    weights, at = _networks(a)
+    rows, dtype, wide = plan.order.size, a.x.dtype, a.weights.dtype
+    sizes = tiles.sizes_for(a.x.shape[0], sizes)
+    token = tiles.padded(plan.token, sizes)
+    weight = tiles.padded(a.weights.reshape(-1)[plan.order], sizes)
+    kept = [tiles.padded(s, sizes) for s in saved if s is not None]
+    dy_rows = jnp.zeros((rows + sizes[0], a.x.shape[1]), dtype)
+    carry = tiles.vary_together_like(
+        a.x, jnp.zeros_like(dy_rows, wide), jnp.zeros_like(weight), jnp.zeros_like(kept[0]), *kept
+    )
+
+    def body(carry, tile):
+        dx, dweight, hidden, *kept = carry
+        read = [tile.read(s).astype(wide) for s in kept]
+        h, pull = jax.vjp(lambda *s: activate(activation, *([None] * (len(s) == 1)), *s), *read)
+        dy = dout[tile.read(token)].astype(wide)
+        dh = tile.product(at["w_down"], dy.astype(dtype), True)
+        slope = jnp.sum(dh * h, axis=1)
+        if a.b_down is not None:
+            slope = slope + jnp.sum(dy * a.b_down[tile.e], axis=1)
+        # The kept products make room for their own cotangents.
+        made = [s.astype(dtype) for s in pull(dh * tile.read(weight)[:, None])]
+        names = [name for name in ("w_gate", "w_up") if name in at]
+        dx_tile = sum(tile.product(at[name], s, True) for name, s in zip(names, made, strict=True))
+        written = [tile.write(k, s) for k, s in zip(kept, made, strict=True)]
+        return (tile.write(dx, dx_tile), tile.write(dweight, slope), tile.write(hidden, h), *written)
+
+    dx, dweight, hidden, *slopes = tiles.walk(body, carry, weights, plan.group_sizes, sizes, rows)
+    real = (jnp.arange(rows) < plan.group_sizes.sum())[:, None]
+    dy = jnp.where(real, dout[plan.token].astype(wide) * weight[:rows, None], 0).astype(dtype)
+    dgate, dup = (None, *slopes) if len(slopes) == 1 else slopes
+    cut = [None if s is None else s[:rows] for s in (hidden, dgate, dup)]
+    return compose.finish_bwd(engine, a, plan, *cut, dy, dweight[:rows], dx[:rows])
