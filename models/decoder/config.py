@@ -186,6 +186,8 @@ class DecoderConfig:
             self.topk_group <= self.n_group,
             f"topk_group must be at most n_group={self.n_group}; got {self.topk_group}",
         )
+        within = e // self.n_group * self.topk_group
+        self._rule(k <= within, f"num_experts_per_tok must be at most the {within} experts of topk_group; got {k}")
 
     def _rule(self, holds: bool, rule: str) -> None:
         if not holds:

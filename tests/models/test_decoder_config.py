@@ -55,6 +55,10 @@ BAD = {
     "too many experts a token": (MIXTRAL | {"num_experts_per_tok": 5}, "must be in 1..num_experts=4; got 5"),
     "groups": (DEEPSEEK | {"n_group": 3}, "n_group must divide num_experts; got 3 and 8"),
     "more groups than there are": (DEEPSEEK | {"topk_group": 5}, "topk_group must be at most n_group=4; got 5"),
+    "more experts than groups have": (
+        DEEPSEEK | {"topk_group": 1, "num_experts_per_tok": 3},
+        "num_experts_per_tok must be at most the 2 experts of topk_group; got 3",
+    ),
     "fields are missing": ({"model_type": "llama", "vocab_size": 8}, "lacks hidden_size, num_hidden_layers"),
     "heads": (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads; got 3 and 2"),
     "layer types": (LLAMA | {"model_type": "qwen3", "layer_types": ["mamba"] * 4}, "layer_types must be of", "'mamba'"),
