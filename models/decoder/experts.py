@@ -71,7 +71,7 @@ class Experts(nnx.Module):
             )
             if config.shared_expert_gate:
                 self.shared_gate = nn.linear(d, 1, ("embed", None), use_bias=False, dtype=dtype, **options)
-        self.routing = {
+        options = {
             **_ROUTERS[config.router],
             "top_k": config.num_experts_per_tok,
             "groups": config.n_group,
@@ -80,6 +80,7 @@ class Experts(nnx.Module):
             "renormalize_eps": config.router_eps,
             "scaling": config.routed_scaling_factor,
         }
+        self.route_options = tuple(options.items())  # hashable, as what is static must be
         named = _ACTIVATIONS.get(config.hidden_act, config.hidden_act)
         self.activation = "swiglu_oai" if config.clamped_experts else named
         self.dtype = dtype
@@ -88,7 +89,7 @@ class Experts(nnx.Module):
         """Returns the layer's output [*tokens, d] and how its tokens were routed."""
         x = x.astype(self.dtype)
         bias = None if self.selection_bias is None else self.selection_bias[...]
-        routing = ops.route(self.router(x.astype(self.router.dtype)), bias=bias, **self.routing)
+        routing = ops.route(self.router(x.astype(self.router.dtype)), bias=bias, **dict(self.route_options))
         gate, up, down = (p[...].astype(self.dtype) for p in (self.gate, self.up, self.down))
         names = {"b_gate": self.gate_bias, "b_up": self.up_bias, "b_down": self.down_bias}
         biases = {name: None if p is None else p[...].astype(self.dtype) for name, p in names.items()}
