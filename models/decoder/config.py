@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from portable.checks import ConfigError
-from portable.models.decoder import families
+from portable.models.decoder import config_file
+from portable.models.decoder.families import FAMILIES
 from portable.nn import Rotary
 from portable.nn.norm import ACTIVATIONS
 
@@ -119,8 +120,8 @@ class DecoderConfig:
             kind = field.type.__name__ if type(field.type) is type else str(field.type)
             self._check(field.name, kind, getattr(self, field.name))
         self._rule(
-            self.family in families.FAMILIES,
-            f"family must be one of {', '.join(families.FAMILIES)}; got {self.family!r}",
+            self.family in FAMILIES,
+            f"family must be one of {', '.join(FAMILIES)}; got {self.family!r}",
         )
         heads = self.num_attention_heads
         self._rule(
@@ -228,7 +229,7 @@ class DecoderConfig:
         Raises:
           ConfigError: fields are missing (all are named), contradict each other, or ask for what the model lacks.
         """
-        return cls(**families.read(config))
+        return cls(**config_file.read(config))
 
     def to_dict(self, format: str = "transformers") -> dict[str, Any]:
         """Returns the contents of transformers' config.json.
@@ -238,7 +239,7 @@ class DecoderConfig:
         """
         if format != "transformers":
             raise ConfigError(f"DecoderConfig: format must be 'transformers'; got {format!r}.")
-        return families.write(self)
+        return config_file.write(self)
 
 
 _MAY_BE_ZERO = {"num_experts", "num_experts_per_tok", "bos_token_id", "eos_token_id", "pad_token_id"}

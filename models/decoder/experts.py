@@ -91,9 +91,11 @@ class Experts(nnx.Module):
         bias = None if self.selection_bias is None else self.selection_bias[...]
         routing = ops.route(self.router(x.astype(self.router.dtype)), bias=bias, **dict(self.route_options))
         gate, up, down = (p[...].astype(self.dtype) for p in (self.gate, self.up, self.down))
-        names = {"b_gate": self.gate_bias, "b_up": self.up_bias, "b_down": self.down_bias}
-        biases = {name: None if p is None else p[...].astype(self.dtype) for name, p in names.items()}
-        y = ops.moe_ffn(x, gate, up, down, routing, activation=self.activation, **biases)
+        b_gate, b_up, b_down = (
+            None if p is None else p[...].astype(self.dtype) for p in (self.gate_bias, self.up_bias, self.down_bias)
+        )
+        options: dict[str, Any] = {"b_gate": b_gate, "b_up": b_up, "b_down": b_down, "activation": self.activation}
+        y = ops.moe_ffn(x, gate, up, down, routing, **options)
         if self.shared is not None:
             shared = self.shared(x)
             if self.shared_gate is not None:

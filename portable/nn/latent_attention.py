@@ -207,7 +207,9 @@ class LatentAttention(nnx.Module):
         q, kv = jnp.concatenate([q, turned], axis=-1), latents[:, :, None]
         # The shared key is averaged along with the latents and dropped: cheaper than a copy of the cache without it.
         mean: Any = ops.attention(q, kv, kv, is_causal=True, scale=self.scale, **options)
-        return jnp.einsum("bthr,rhv->bthv", mean[..., : self.kv_rank], down, preferred_element_type=wide).astype(self.dtype)
+        return jnp.einsum("bthr,rhv->bthv", mean[..., : self.kv_rank], down, preferred_element_type=wide).astype(
+            self.dtype
+        )
 
     def _check(self, u, rank: int) -> None:
         wanted = "[b, t, d]" if rank == 3 else "[b, d]"

@@ -115,10 +115,10 @@ NEW_TOKENS = 32
 
 
 def relative(got, want) -> float:
-    """Returns max|got - want| / max|want|."""
+    """Returns max|got - want| / max|want|; of zeros (an expert that no token took) max|got|."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, (got.shape, want.shape)
-    return float(np.abs(got - want).max() / np.abs(want).max())
+    return float(np.abs(got - want).max() / (np.abs(want).max() or 1.0))
 
 
 @functools.cache

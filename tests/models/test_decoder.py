@@ -28,7 +28,7 @@ def test_every_family_is_tried():
     assert {oracle.oracle(name).config.model_type for name in oracle.CASES} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", oracle.CASES)
+@pytest.mark.parametrize("name", _cases([name for name in oracle.CASES if "," not in name]))
 def test_logits(name):
     assert oracle.logits(name) <= FORWARD
 
