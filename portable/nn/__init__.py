@@ -11,6 +11,8 @@ from portable.nn.linear import linear as linear
 from portable.nn.mamba2 import Mamba2 as Mamba2
 from portable.nn.mamba2 import Mamba2State as Mamba2State
 from portable.nn.mlp import GatedMLP as GatedMLP
+from portable.nn.moe import MoE as MoE
+from portable.nn.moe import moe_from_dense as moe_from_dense
 from portable.nn.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from portable.nn.neighborhood_attention import NeighborhoodState as NeighborhoodState
 from portable.nn.norm import RMSNorm as RMSNorm

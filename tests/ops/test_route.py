@@ -321,7 +321,7 @@ def test_capacity_by_a_factor_and_gradients_of_moved_choices():
     with jax.enable_x64(True):
         wide = jnp.asarray(np.asarray(logits, np.float64))
         run = jax.jit(jax.value_and_grad(total))
-        want = (run(wide + step)[0] - run(wide - step)[0]) / 2e-6
+        want = float(run(wide + step)[0] - run(wide - step)[0]) / 2e-6
         got = (np.asarray(run(wide)[1]) * step).sum() / 1e-6
     assert abs(got - want) <= 1e-6 * max(1, abs(want))
 

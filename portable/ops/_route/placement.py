@@ -121,15 +121,31 @@ def remap_experts(
     >>> portable.ops.remap_experts(routing, table, num_experts=3, rows=jnp.array([0, 1])).indices.tolist()
     [[0, 1], [0, 2]]
     """
-    check_array("remap_experts", table=table, rows=rows)
-    check_integer("remap_experts", table=table, rows=rows)
-    e, tokens = routing.num_experts, routing.indices.shape[:-1]
-    if table.ndim not in (1, 2) or table.shape[-1] != e:
-        raise ValueError(f"remap_experts: table must be [E] or [rows, E] with E={e}; got shape {list(table.shape)}.")
+    check_table(table, routing.num_experts, num_experts)
+    check_array("remap_experts", rows=rows)
+    check_integer("remap_experts", rows=rows)
+    tokens = routing.indices.shape[:-1]
     if (rows is not None) != (table.ndim == 2):
         raise ValueError("remap_experts: give rows with a table [rows, E], and none with a table [E].")
     if rows is not None and rows.shape != tokens:
         raise ValueError(f"remap_experts: rows must be [*tokens], {list(tokens)}; got shape {list(rows.shape)}.")
+    if rows is not None:
+        check_values(
+            lambda r: (r >= 0) & (r < table.shape[0]),
+            f"remap_experts: rows must be from 0 to {table.shape[0] - 1}, the rows of the table.",
+            rows,
+        )
+    places = jnp.pad(table.astype(jnp.int32), [(0, 0)] * (table.ndim - 1) + [(0, 1)], constant_values=num_experts)
+    indices = places[routing.indices] if rows is None else places[rows[..., None], routing.indices]
+    return Routing(indices, jnp.where(indices == num_experts, 0, routing.weights), num_experts)
+
+
+def check_table(table: Int[Array, "*rows e"], e: int, num_experts: int) -> None:
+    """Raises unless `remap_experts` can take the table for a router over e experts."""
+    check_array("remap_experts", table=table)
+    check_integer("remap_experts", table=table)
+    if table.ndim not in (1, 2) or table.shape[-1] != e:
+        raise ValueError(f"remap_experts: table must be [E] or [rows, E] with E={e}; got shape {list(table.shape)}.")
     check_values(
         lambda t: (t >= 0) & (t <= num_experts),
         f"remap_experts: table must hold places from 0 to {num_experts} (which stands for none).",
@@ -140,12 +156,3 @@ def remap_experts(
         "remap_experts: no place may stand twice in a row of the table.",
         table,
     )
-    if rows is not None:
-        check_values(
-            lambda r: (r >= 0) & (r < table.shape[0]),
-            f"remap_experts: rows must be from 0 to {table.shape[0] - 1}, the rows of the table.",
-            rows,
-        )
-    places = jnp.pad(table.astype(jnp.int32), [(0, 0)] * (table.ndim - 1) + [(0, 1)], constant_values=num_experts)
-    indices = places[routing.indices] if rows is None else places[rows[..., None], routing.indices]
-    return Routing(indices, jnp.where(indices == num_experts, 0, routing.weights), num_experts)
