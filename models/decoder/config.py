@@ -15,6 +15,10 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "conv")
 # sigmoid plus a bias, by the best groups and then the largest sigmoid plus a bias.
 ROUTERS = ("softmax", "softmax_groups", "sigmoid", "sigmoid_groups")
 
+# What the activations of experts are called in `portable.ops.moe_ffn`.
+EXPERT_ACTIVATIONS = {name: name for name in ("silu", "gelu", "relu")}
+EXPERT_ACTIVATIONS |= {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -180,6 +184,10 @@ class DecoderConfig:
 
     def _check_experts(self) -> None:
         e, k = self.num_experts, self.num_experts_per_tok
+        self._rule(
+            self.hidden_act in EXPERT_ACTIVATIONS,
+            f"hidden_act of experts must be one of {', '.join(EXPERT_ACTIVATIONS)}; got {self.hidden_act!r}",
+        )
         self._rule(1 <= k <= e, f"num_experts_per_tok must be in 1..num_experts={e}; got {k}")
         self._rule(self.moe_intermediate_size is not None, "experts need moe_intermediate_size; got none")
         self._rule(e % self.n_group == 0, f"n_group must divide num_experts; got {self.n_group} and {e}")

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from portable import nn, ops
-from portable.models.decoder.config import DecoderConfig
-from portable.models.decoder.experts import Experts
+from portable.models.decoder.config import EXPERT_ACTIVATIONS, DecoderConfig
 from portable.models.language_model import LanguageModel
 from portable.nn.rotary import yarn_scale
 
@@ -18,7 +17,7 @@ class DecoderBlock(nnx.Module):
     Attributes:
       mixer_norm, mlp_norm: RMSNorm over the width.
       mixer: `portable.nn.Attention`, `portable.nn.LatentAttention` or `portable.nn.ShortConv`.
-      mlp: `portable.nn.GatedMLP` or `Experts`.
+      mlp: `portable.nn.GatedMLP` or `portable.nn.MoE`.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -32,7 +31,7 @@ class DecoderBlock(nnx.Module):
         self.mixer_norm, self.mlp_norm = (nn.RMSNorm(d, eps=config.norm_eps, param_dtype=param_dtype) for _ in range(2))
         self.mixer = _mixer(config, layer, options)
         if config.has_experts(layer):
-            self.mlp = Experts(config, **options)
+            self.mlp = _experts(config, options)
         else:
             assert config.intermediate_size is not None
             self.mlp = nn.GatedMLP(
@@ -68,7 +67,7 @@ class DecoderBlock(nnx.Module):
     def _feed(self, x) -> tuple[Any, ops.Routing | None]:
         """Returns the feed-forward branch, and how its tokens were routed if it has experts."""
         x = self.mlp_norm(x)
-        return self.mlp(x) if isinstance(self.mlp, Experts) else (self.mlp(x), None)
+        return self.mlp(x, return_routing=True) if isinstance(self.mlp, nn.MoE) else (self.mlp(x), None)
 
     def _add(self, x, branch):
         return x + (branch if self.residual_multiplier == 1 else branch * self.residual_multiplier).astype(x.dtype)
@@ -110,6 +109,40 @@ def _mixer(config: DecoderConfig, layer: int, options: dict[str, Any]) -> Any:
         rope=config.rope,
         scale=scale,
         use_bias=config.attention_bias,
+        **options,
+    )
+
+
+# What `portable.nn.MoE` is given for each of `config.ROUTERS`.
+_ROUTERS = {
+    "softmax": {"score": "softmax"},
+    "softmax_groups": {"score": "softmax", "group_score": "max"},
+    "sigmoid": {"score": "sigmoid"},
+    "sigmoid_groups": {"score": "sigmoid", "group_score": "top2"},
+}
+
+
+def _experts(config: DecoderConfig, options: dict[str, Any]) -> nn.MoE:
+    assert config.moe_intermediate_size is not None
+    return nn.MoE(
+        config.hidden_size,
+        config.moe_intermediate_size,
+        num_experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        activation="swiglu_oai" if config.clamped_experts else EXPERT_ACTIVATIONS[config.hidden_act],
+        use_bias=config.expert_biases,
+        use_router_bias=config.expert_biases,
+        use_selection_bias=config.use_expert_bias,
+        shared=config.shared_intermediate_size,
+        shared_gate=config.shared_expert_gate,
+        use_shared_bias=config.mlp_bias,
+        router_dtype=jnp.promote_types(jnp.float32, options["dtype"]),
+        groups=config.n_group,
+        group_top_k=config.topk_group,
+        renormalize=config.norm_topk_prob,
+        renormalize_eps=config.router_eps,
+        scaling=config.routed_scaling_factor,
+        **_ROUTERS[config.router],
         **options,
     )
 

@@ -1,6 +1,6 @@
 """transformers' decoders beside ours, on the same random weights: what they are and how far apart.
 
-`python -m tests.models.decoder_oracle` prints the "tested on" table of models/decoder/README.md.
+`python -m tests.models.decoder_oracle [CASE ...]` prints the "tested on" table of models/decoder/README.md.
 """
 
 import functools
@@ -225,13 +225,14 @@ def greedy(name: str, prompts: np.ndarray) -> tuple[np.ndarray, float]:
     return made.sequences[:, prompts.shape[1] :].numpy(), float((best[..., 0] - best[..., 1]).min())
 
 
-def table() -> str:
-    """Returns the table of all cases in Markdown, with the versions it was made with."""
+def table(cases: list[str]) -> str:
+    """Returns the table of these cases, or of all, in Markdown, with the versions it was made with."""
     from portable.generation import generate
 
     need("torch", "transformers")
     rows = ["| model | options | logits | gradients | greedy tokens |", "| --- | --- | --- | --- | --- |"]
-    for name, (_, options) in CASES.items():
+    for name in cases or CASES:
+        options = CASES[name][1]
         prompts = tokens((2, 7), seed=2)
         want, _ = greedy(name, prompts)
         got = generate(loaded(name), prompts, max_new_tokens=NEW_TOKENS).tokens
@@ -240,9 +241,10 @@ def table() -> str:
         told = ", ".join(f"{key}={value}" for key, value in options.items() if key not in sizes)
         worst = max(gradients(name).values())
         rows.append(f"| {name} | {told} | {logits(name):.1e} | {worst:.1e} | {equal} of {NEW_TOKENS} |")
+        sys.stderr.write(rows[-1] + "\n")
     versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("transformers", "torch", "jax", "flax"))
     return "\n".join([*rows, "", f"{versions}, {platform.machine()} {jax.default_backend()}."])
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table() + "\n")
+    sys.stdout.write(table(sys.argv[1:]) + "\n")
