@@ -16,26 +16,28 @@ from portable.ops._arguments import accumulator, vary_together
 
 
 class Tile(NamedTuple):
-    """Rows row..row + size, of which those below `end` belong to group `e`.
+    """Rows start..start + size, of which row..end belong to group `e`; start is before row at the end of the arrays.
 
     Attributes:
       product: (i, x, transposed=False) -> x @ w or x @ w.T in the accumulator's dtype, of the i-th of the weights.
     """
 
     e: jax.Array
+    start: jax.Array
     row: jax.Array
     end: jax.Array
     size: int
     product: Callable
 
     def read(self, x):
-        """Returns the tile's rows of x [m + the largest size, ...]."""
-        return lax.dynamic_slice_in_dim(x, self.row, self.size)
+        """Returns the tile's rows of x [m, ...]."""
+        return lax.dynamic_slice_in_dim(x, self.start, self.size)
 
     def write(self, x, rows):
         """Returns x with the group's rows of the tile replaced."""
-        own = (self.row + jnp.arange(self.size) < self.end).reshape(-1, *[1] * (x.ndim - 1))
-        return lax.dynamic_update_slice_in_dim(x, jnp.where(own, rows.astype(x.dtype), self.read(x)), self.row, 0)
+        at = self.start + jnp.arange(self.size)
+        own = ((at >= self.row) & (at < self.end)).reshape(-1, *[1] * (x.ndim - 1))
+        return lax.dynamic_update_slice_in_dim(x, jnp.where(own, rows.astype(x.dtype), self.read(x)), self.start, 0)
 
 
 def sizes_for(rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -60,15 +62,19 @@ def walk(body: Callable, carry, weights: tuple, group_sizes, sizes: tuple[int, .
 
     Args:
       body: of a carry and a `Tile`.
-      carry: arrays [rows + sizes[0], ...] that tiles read and write.
+      carry: arrays of `rows` rows that tiles read and write.
       weights: each [e, d, f], or e arrays [d, f].
       group_sizes: [e] int32.
       sizes: of tiles, descending.
-      rows: static, of all groups.
+      rows: static, of all arrays that tiles touch; at least the largest size.
     """
     apart = isinstance(weights[0], tuple)
     groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes)
+
+    def at(e, row, end, size, product):
+        return Tile(e, jnp.minimum(row, rows - size), row, end, size, product)
+
     if apart or rows < groups:
         products = _product_of_chosen if apart else _product_of_slice
         for size, (first, count) in zip(sizes, cut(group_sizes, sizes), strict=True):
@@ -77,7 +83,7 @@ def walk(body: Callable, carry, weights: tuple, group_sizes, sizes: tuple[int, .
             def tile(i, carry, size=size, first=first, count=count, behind=behind):
                 e = jnp.minimum(jnp.sum(behind <= i), groups - 1)
                 row = first[e] + (i - behind[e] + count[e]) * size
-                return body(carry, Tile(e, row, ends[e], size, functools.partial(products, weights, e)))
+                return body(carry, at(e, row, ends[e], size, functools.partial(products, weights, e)))
 
             carry = lax.fori_loop(0, behind[-1], tile, carry)
         return carry
@@ -87,9 +93,8 @@ def walk(body: Callable, carry, weights: tuple, group_sizes, sizes: tuple[int, .
         for size, (first, count) in zip(sizes, cuts, strict=True):
 
             def tile(i, carry, size=size, first=first):
-                return body(
-                    carry, Tile(e, first + i * size, end, size, functools.partial(_product_of_matrix, matrices))
-                )
+                product = functools.partial(_product_of_matrix, matrices)
+                return body(carry, at(e, first + i * size, end, size, product))
 
             carry = lax.fori_loop(0, count, tile, carry)
         return carry, None
@@ -114,49 +119,50 @@ def _product_of_chosen(weights, e, i: int, x, transposed: bool = False):
 
 
 def padded(x, sizes: tuple[int, ...]):
-    """Returns x with rows behind it that a tile at its end may read."""
-    return jnp.pad(x, ((0, sizes[0]), *[(0, 0)] * (x.ndim - 1)))
+    """Returns x with at least as many rows as the largest tile."""
+    return jnp.pad(x, ((0, max(0, sizes[0] - x.shape[0])), *[(0, 0)] * (x.ndim - 1)))
 
 
-def matmul(x, w, group_sizes, sizes: tuple[int, ...], transposed: bool = False, most: int | None = None):
-    """Returns y [m, f] in the dtype of x [m, d]; the groups' matrices are [d, f], or [f, d] if `transposed`.
-
-    `most` is the largest group there can be.
-    """
-    rows, sizes = x.shape[0], sizes_for(most or x.shape[0], sizes)
+def matmul(x, w, group_sizes, sizes: tuple[int, ...], transposed: bool = False):
+    """Returns y [m, f] in the dtype of x [m, d]; the groups' matrices are [d, f], or [f, d] if `transposed`."""
+    rows, sizes = x.shape[0], sizes_for(x.shape[0], sizes)
     xs = padded(x, sizes)
     width = w[0].shape[0 if transposed else 1]
-    (out,) = vary_together_like(x, jnp.zeros((rows + sizes[0], width), x.dtype))
+    (out,) = vary_together_like(x, jnp.zeros((xs.shape[0], width), x.dtype))
 
     def body(out, tile):
         return tile.write(out, tile.product(0, tile.read(xs), transposed))
 
-    return walk(body, out, (w,), group_sizes, sizes, rows)[:rows]
+    return walk(body, out, (w,), group_sizes, sizes, xs.shape[0])[:rows]
 
 
-def outer(x, dy, group_sizes, buckets: tuple[int, ...], dtype):
+def outer(x, dy, group_sizes, dtype, i: int, buckets: tuple[int, ...]):
     """Returns dw [e, d, f], each group's x.T @ dy, for x [m, d] and dy [m, f].
 
     Args:
       x, dy: rows in the order of their groups.
       group_sizes: [e] int32.
-      buckets: ascending: a group is summed in one product over as many rows as the next of these, or by the last.
       dtype: of the result.
+      i: unequal for results of one shape in a program: XLA makes equal first values of loops once, and copies them.
+      buckets: ascending: a group is summed in one product over as many rows as the next of these, or by the last.
     """
     wide, rows = accumulator(x, dy), x.shape[0]
     buckets = tuple(b for b in buckets if b < rows) + tuple(b for b in buckets if b >= rows)[:1]
     largest = buckets[-1]
+    last = max(rows, largest)
     xs, dys = padded(x, (largest,)), padded(dy, (largest,))
     shape = (x.shape[1], dy.shape[1])
 
     def part(row, end, size: int):
-        own = (row + jnp.arange(size) < end)[:, None]
+        first = jnp.minimum(row, last - size)
+        at = first + jnp.arange(size)
+        own = ((at >= row) & (at < end))[:, None]
         # Both are masked: a row of another group may hold what times 0 is NaN.
-        a, b = (jnp.where(own, lax.dynamic_slice_in_dim(v, row, size), 0) for v in (xs, dys))
+        a, b = (jnp.where(own, lax.dynamic_slice_in_dim(v, first, size), 0) for v in (xs, dys))
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=wide)
 
-    def group(_, given):
-        size, end = given
+    def group(dw, given):
+        e, size, end = given
         start = end - size
 
         def loop():
@@ -173,9 +179,11 @@ def outer(x, dy, group_sizes, buckets: tuple[int, ...], dtype):
             return vary_together_like(xs, jnp.zeros(shape, wide))[0]
 
         which = jnp.sum(size > jnp.asarray([0, *buckets]))
-        return None, lax.switch(which, [none, *map(one, buckets), loop]).astype(dtype)
+        own = lax.switch(which, [none, *map(one, buckets), loop]).astype(dtype)
+        return lax.dynamic_update_index_in_dim(dw, own, e, 0), None
 
-    return lax.scan(group, None, (group_sizes, jnp.cumsum(group_sizes)))[1]
+    (dw,) = vary_together_like(x, jnp.full((group_sizes.size, *shape), i, dtype))
+    return lax.scan(group, dw, (jnp.arange(group_sizes.size), group_sizes, jnp.cumsum(group_sizes)))[0]
 
 
 def vary_together_like(x, *arrays):

@@ -21,7 +21,7 @@ def engine(sizes: tuple[int, ...], buckets: tuple[int, ...]) -> Impl:
         x, w, group_sizes = residuals
         (dy,) = cotangents
         dx = tiles.matmul(dy, w, group_sizes, sizes, transposed=True)
-        dw = tiles.outer(x, dy, group_sizes, buckets, w[0].dtype)
+        dw = tiles.outer(x, dy, group_sizes, w[0].dtype, 0, buckets)
         return dx, tuple(dw) if isinstance(w, tuple) else dw, None
 
     return Impl(fwd=fwd, bwd=bwd)

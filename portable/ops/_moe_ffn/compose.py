@@ -14,7 +14,7 @@ from portable.ops._moe_ffn.arguments import Arguments
 class Engine(NamedTuple):
     """Attributes:
     matmul: (rows [m, d], w, group_sizes, transposed) -> rows times their experts' matrices, in the rows' dtype.
-    outer: (rows [m, d], rows [m, f], group_sizes, w) -> each expert's sum of products, [e, d, f] in w's dtype.
+    outer: (rows [m, d], rows [m, f], group_sizes, dtype, i) -> each expert's sum of products, [e, d, f]; the i-th.
     """
 
     matmul: Callable
@@ -89,10 +89,10 @@ def finish_bwd(engine: Engine, a: Arguments, plan, hidden, dgate, dup, dy, dweig
     if dx is None:
         dx = sum(engine.matmul(slope, w, own, True).astype(a.weights.dtype) for slope, w in given)
 
-    def outer(rows, slope, w):
+    def outer(rows, slope, w, i):
         if w is None:
             return None
-        dw = engine.outer(rows, slope, own, w)
+        dw = engine.outer(rows, slope, own, w[0].dtype, i)
         return tuple(dw) if isinstance(w, tuple) else dw
 
     def of_bias(slope, bias):
@@ -104,9 +104,9 @@ def finish_bwd(engine: Engine, a: Arguments, plan, hidden, dgate, dup, dy, dweig
     everything = jnp.ones(a.indices.shape, a.weights.dtype)
     return (
         plans.combine(dx, plan, everything, a.indices < len(a.w_up)).astype(a.x.dtype),
-        outer(x, dgate, a.w_gate),
-        outer(x, dup, a.w_up),
-        outer(hidden, dy, a.w_down),
+        outer(x, dgate, a.w_gate, 0),
+        outer(x, dup, a.w_up, 1),
+        outer(hidden, dy, a.w_down, 2),
         None,
         jnp.where(a.indices < len(a.w_up), dweights[plan.rank], 0),
         of_bias(dgate, a.b_gate),

@@ -15,8 +15,8 @@ from portable.selection import Impl
 def implementation(sizes: tuple[int, ...], buckets: tuple[int, ...]) -> Impl:
     """Returns the implementation that walks tiles of these sizes, and sums gradients over these numbers of rows."""
 
-    def outer(x, dy, group_sizes, w):
-        return tiles.outer(x, dy, group_sizes, buckets, w[0].dtype)
+    def outer(*args):
+        return tiles.outer(*args, buckets)
 
     engine = compose.Engine(lambda *args: tiles.matmul(*args[:3], sizes, args[3]), outer)
     return Impl(
@@ -42,10 +42,11 @@ def _forward(sizes: tuple[int, ...], keep: bool, *arrays, activation, capacity):
     # An expert stands once in a token's choices.
     sizes = tiles.sizes_for(tokens, sizes)
     token = tiles.padded(plan.token, sizes)
-    width = a.w_up[0].shape[1]
+    width, last = a.w_up[0].shape[1], token.size
     count = 2 if keep and a.w_gate is not None else 1 if keep else 0
-    empty = [jnp.zeros((rows + sizes[0], a.x.shape[1]), a.x.dtype)]
-    empty += [jnp.zeros((rows + sizes[0], width), a.x.dtype)] * count
+    # Of unequal values: equal ones would be made once, and copied.
+    empty = [jnp.full((last, width), i, a.x.dtype) for i in range(count)]
+    empty = [jnp.zeros((last, a.x.shape[1]), a.x.dtype), *empty]
     carry = tiles.vary_together_like(a.x, *empty)
 
     def body(carry, tile):
@@ -63,7 +64,7 @@ def _forward(sizes: tuple[int, ...], keep: bool, *arrays, activation, capacity):
         made = [s for s in (gate, up) if s is not None]
         return (out, *[tile.write(k, s) for k, s in zip(kept, made, strict=False)])
 
-    out, *kept = tiles.walk(body, carry, weights, plan.group_sizes, sizes, rows)
+    out, *kept = tiles.walk(body, carry, weights, plan.group_sizes, sizes, last)
     kept = [k[:rows] for k in kept]
     return compose.finish(a, plan, out[:rows]), (kept[0] if count == 2 else None, kept[-1] if kept else None)
 
@@ -80,13 +81,13 @@ def _backward(engine: compose.Engine, sizes: tuple[int, ...], residuals, cotange
     token = tiles.padded(plan.token, sizes)
     weight = tiles.padded(a.weights.reshape(-1)[plan.order], sizes)
     kept = [tiles.padded(s, sizes) for s in saved if s is not None]
-    dy_rows = jnp.zeros((rows + sizes[0], a.x.shape[1]), dtype)
-    carry = tiles.vary_together_like(
-        a.x, jnp.zeros_like(dy_rows, wide), jnp.zeros_like(weight), jnp.zeros_like(kept[0]), *kept
-    )
+    # Not in the place of what was kept: XLA would copy it whole at every tile. Of unequal values: equal ones would be
+    # made once, and copied.
+    rooms = [jnp.full_like(k, i) for i, k in enumerate((kept[0], *kept))]
+    carry = tiles.vary_together_like(a.x, jnp.zeros((token.size, a.x.shape[1]), wide), jnp.zeros_like(weight), *rooms)
 
     def body(carry, tile):
-        dx, dweight, hidden, *kept = carry
+        dx, dweight, hidden, *slopes = carry
         read = [tile.read(s).astype(wide) for s in kept]
         h, pull = jax.vjp(lambda *s: activate(activation, *([None] * (len(s) == 1)), *s), *read)
         dy = dout[tile.read(token)].astype(wide)
@@ -94,14 +95,13 @@ def _backward(engine: compose.Engine, sizes: tuple[int, ...], residuals, cotange
         slope = jnp.sum(dh * h, axis=1)
         if a.b_down is not None:
             slope = slope + jnp.sum(dy * a.b_down[tile.e], axis=1)
-        # The kept products make room for their own cotangents.
         made = [s.astype(dtype) for s in pull(dh * tile.read(weight)[:, None])]
         names = [name for name in ("w_gate", "w_up") if name in at]
         dx_tile = sum(tile.product(at[name], s, True) for name, s in zip(names, made, strict=True))
-        written = [tile.write(k, s) for k, s in zip(kept, made, strict=True)]
+        written = [tile.write(k, s) for k, s in zip(slopes, made, strict=True)]
         return (tile.write(dx, dx_tile), tile.write(dweight, slope), tile.write(hidden, h), *written)
 
-    dx, dweight, hidden, *slopes = tiles.walk(body, carry, weights, plan.group_sizes, sizes, rows)
+    dx, dweight, hidden, *slopes = tiles.walk(body, carry, weights, plan.group_sizes, sizes, token.size)
     real = (jnp.arange(rows) < plan.group_sizes.sum())[:, None]
     dy = jnp.where(real, dout[plan.token].astype(wide) * weight[:rows, None], 0).astype(dtype)
     dgate, dup = (None, *slopes) if len(slopes) == 1 else slopes

@@ -37,9 +37,10 @@ def _engine(capacity: int, rows: int) -> compose.Engine:
         real = (jnp.arange(rows) < ends[-1])[:, None]
         return jnp.where(real, y[expert, jnp.minimum(within, capacity - 1)], 0).astype(x.dtype)
 
-    def outer(x, dy, group_sizes, w):
+    def outer(x, dy, group_sizes, dtype, i):
+        del i
         x, dy = gathered(x, group_sizes), gathered(dy, group_sizes)
-        return jnp.einsum("ecd,ecf->edf", x, dy, preferred_element_type=accumulator(x)).astype(w[0].dtype)
+        return jnp.einsum("ecd,ecf->edf", x, dy, preferred_element_type=accumulator(x)).astype(dtype)
 
     return compose.Engine(matmul, outer)
 

@@ -18,11 +18,12 @@ def _matmul(x, w, group_sizes, transposed):
     return xla_ragged.matmul(x, w, group_sizes).astype(x.dtype)
 
 
-def _outer(x, dy, group_sizes, w):
+def _outer(x, dy, group_sizes, dtype, i):
+    del i
     shape = (group_sizes.size, x.shape[1], dy.shape[1])
     (like,) = vary_together_like(x, jnp.zeros(shape, x.dtype))
     (dw,) = jax.vjp(lambda w: xla_ragged.matmul(x, w, group_sizes), like)[1](dy.astype(accumulator(x)))
-    return dw.astype(w[0].dtype)
+    return dw.astype(dtype)
 
 
 ENGINE = compose.Engine(_matmul, _outer)
