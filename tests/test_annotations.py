@@ -41,6 +41,17 @@ for options in ({**latent, **experts}, conv):
 
     jax.eval_shape(read, tokens)
 
+x, mask = jnp.ones([2, 5, 8]), jnp.ones([2, 5], bool)
+moe = portable.nn.MoE(8, 4, num_experts=3, copies=1, top_k=2, renormalize=True, shared=4, rngs=nnx.Rngs(0))
+
+def routed(x):
+    y, routing = moe(x, mask=mask, return_routing=True)
+    limited = portable.ops.limit_capacity(routing, 3, overflow="next")
+    losses = [portable.ops.load_balance_loss(limited, mask=mask), portable.ops.z_loss(routing)]
+    return y, *losses, portable.ops.chunk_union(limited, 2), portable.ops.expert_load(limited)
+
+jax.eval_shape(routed, x)
+
 try:
     portable.ops.ssd_step(*[jnp.ones(2)] * 6)
 except TypeCheckError:

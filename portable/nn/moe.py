@@ -75,7 +75,7 @@ class MoE(nnx.Module):
         kernel_init: nnx.Initializer = KERNEL_INIT,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
-        router_dtype=jnp.float32,
+        router_dtype=None,
         rngs: nnx.Rngs,
         **routing: Any,
     ):
@@ -99,7 +99,7 @@ class MoE(nnx.Module):
         table, slots: of `portable.ops.remap_experts`: where the networks lie among `slots` stacked ones.
         kernel_init: of each expert's matrices and of all linear layers.
         dtype: of activations and matrix products; sums are float32. param_dtype: of the Params.
-        router_dtype: of the router's Params and product.
+        router_dtype: of the router's Params and product; None takes float32, or a wider dtype.
         rngs: source of the initial Params.
         **routing: further options of `portable.ops.route`, as `portable.ops.route_options` gives them: score,
           renormalize, renormalize_eps, groups, group_top_k, group_score, scaling, score_eps.
@@ -133,8 +133,9 @@ class MoE(nnx.Module):
         self.expert_choice = expert_choice
         self.options = tuple(sorted({**routing, "top_k": top_k, "zero_experts": zeros}.items()))
         if not expert_choice:  # it names what is wrong with the options before any weight is made
-            jax.eval_shape(lambda: ops.route(jnp.zeros((1, e)), **dict(self.options)))
+            jax.eval_shape(lambda: ops.route(jnp.zeros((1, e)), **dict(self.options)).weights)
 
+        router_dtype = jnp.promote_types(jnp.float32, dtype) if router_dtype is None else router_dtype
         wide = {"dtype": router_dtype, "param_dtype": router_dtype, "kernel_init": kernel_init, "rngs": rngs}
         self.router_hidden = self.router_residual = self.noise = nnx.data(None)
         if router_hidden is not None:
@@ -338,7 +339,7 @@ def moe_from_dense(
     Raises:
       ValueError: num_experts does not divide m, how is unknown, or shapes do not fit.
 
-    Source: FactorLLM (arXiv 2408.11855), section 3.1; sparse upcycling (2212.05055), section 3.
+    Source: FactorLLM (arXiv 2408.11855); sparse upcycling (2212.05055), section 3.
     """
     d, m = w_up.shape
     if how not in ("split", "copy"):

@@ -1,5 +1,7 @@
 """The layer against transformers' blocks and a definition in numpy; its tables, slices and copies of a dense layer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,19 +18,33 @@ def normal(*shape, seed=0, scale=1.0):
     return scale * jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
-def layer(**options):
+def filled(make, fill):
+    """The layer that `make` builds, its variables from numpy: nothing is compiled to draw what is thrown away."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    flat = [(path, v.replace(jnp.asarray(fill(path, v), v.get_value().dtype))) for path, v in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def layer(seed=0, **options):
     """A small layer, each Param away from its initial value."""
-    made = nn.MoE(16, 12, **{"num_experts": 6, "top_k": 2, "rngs": nnx.Rngs(0)} | options)
-    graphdef, params, rest = nnx.split(made, nnx.Param, ...)
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), params)
-    return nnx.merge(graphdef, params, rest)
+    rng = np.random.default_rng(seed)
+
+    def fill(path, variable):
+        if path[-1] == "table":
+            return options["table"]
+        return rng.normal(size=variable.get_value().shape) * 0.3 * isinstance(variable, nnx.Param)
+
+    return filled(lambda: nn.MoE(16, 12, **{"num_experts": 6, "top_k": 2, "rngs": nnx.Rngs(0)} | options), fill)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def called(graphdef, state, x, kwargs):
+    return nnx.merge(graphdef, state)(x, return_routing=True, **kwargs)
 
 
 def run(made, x, **kwargs):
     """Calls the layer compiled as one program, as users do; returns the routing too."""
-    graphdef, state = nnx.split(made)
-    call = jax.jit(lambda state, x, kwargs: nnx.merge(graphdef, state)(x, return_routing=True, **kwargs))
-    return call(state, x, kwargs)
+    return called(*nnx.split(made), x, kwargs)
 
 
 def ours(family):
@@ -37,20 +53,16 @@ def ours(family):
     down = family.array("experts.down_proj")
     oss = family.model_type == "gpt_oss"
     shared = next((k for k in ("shared_expert", "shared_experts") if family.has(f"{k}.up_proj.weight")), None)
-    made = nn.MoE(
-        moe_families.D,
-        moe_families.F,
-        num_experts=len(down),
-        activation="swiglu_oai" if oss else "silu",
-        use_bias=oss,
-        use_router_bias=family.bias is not None,
-        use_selection_bias=family.selection_bias is not None,
-        copies=family.array(family.kernel).shape[0] - len(down),
-        shared=None if shared is None else family.array(f"{shared}.up_proj.weight").shape[0],
-        shared_gate=family.has("shared_expert_gate.weight"),
-        rngs=nnx.Rngs(0),
-        **options,
-    )
+    options |= {
+        "num_experts": len(down),
+        "activation": "swiglu_oai" if oss else "silu",
+        "use_bias": oss,
+        "use_router_bias": family.bias is not None,
+        "use_selection_bias": family.selection_bias is not None,
+        "copies": family.array(family.kernel).shape[0] - len(down),
+        "shared": None if shared is None else family.array(f"{shared}.up_proj.weight").shape[0],
+        "shared_gate": family.has("shared_expert_gate.weight"),
+    }
 
     def halves(x):
         """Their gate and up in one tensor: rows, or in gpt-oss every other column."""
@@ -70,11 +82,13 @@ def ours(family):
         "shared_gate.kernel": ("shared_expert_gate.weight", np.transpose),
         **{f"shared.{part}.kernel": (f"{shared}.{part}_proj.weight", np.transpose) for part in ("gate", "up", "down")},
     }
-    for path, param in nnx.to_flat_state(nnx.state(made, nnx.Param)):
+    places["selection_bias"] = family.selection_bias, np.asarray
+
+    def fill(path, variable):
         tensor, view = places[".".join(map(str, path))]
-        param[...] = view(family.array(tensor))
-    if family.selection_bias:
-        made.selection_bias[...] = family.array(family.selection_bias)
+        return view(family.array(tensor))
+
+    made = filled(lambda: nn.MoE(moe_families.D, moe_families.F, rngs=nnx.Rngs(0), **options), fill)
     return made, places
 
 
@@ -115,7 +129,7 @@ def test_blocks_of_transformers(name):
 def test_moe_plus_plus():
     """Two networks, two constants, a copy and a zero; two layers, the second with the logits of the first."""
     options = {"num_experts": 2, "constants": 2, "copies": 1, "zeros": 1, "renormalize": True, "router_hidden": 20}
-    first, second = layer(**options, router_residual=True), layer(**options, router_residual=True, rngs=nnx.Rngs(5))
+    first, second = layer(**options, router_residual=True), layer(5, **options, router_residual=True)
     x = normal(30, 16)
 
     def definition(made, u, previous):
@@ -262,7 +276,7 @@ def test_the_selection_bias_balances_and_is_no_param():
     assert before.max() - before.min() > 3 * (after.max() - after.min())
     assert not any("selection_bias" in path for path, _ in nnx.to_flat_state(nnx.state(made, nnx.Param)))
     graphdef, state = nnx.split(made)
-    slope = jax.grad(lambda s: nnx.merge(graphdef, s)(x).sum())(state)
+    slope = jax.jit(jax.grad(lambda s: nnx.merge(graphdef, s)(x).sum()))(state)
     np.testing.assert_array_equal(slope["selection_bias"].get_value(), 0)
 
 
@@ -302,7 +316,7 @@ BAD = {
     "both": (lambda: layer(expert_choice=True), "give top_k, or expert_choice=True"),
     "no factor": (lambda: layer(top_k=None, expert_choice=True), "expert_choice needs a capacity_factor"),
     "table": (lambda: layer(table=jnp.arange(5)), "table must be [E] or [rows, E] with E=6; got shape [5]"),
-    "places": (lambda: layer(table=jnp.arange(6) + 1), "places from 0 to 6 (which stands for none)"),
+    "places": (lambda: layer(table=jnp.arange(6) + 2), "places from 0 to 6 (which stands for none)"),
     "slots": (lambda: layer(slots=8), "slots needs a table"),
     "rows": (lambda: layer()(normal(3, 16), rows=jnp.zeros(3, int)), "rows is for a layer with a table"),
     "no rows": (lambda: layer(table=jnp.arange(6)[None])(normal(3, 16)), "give rows with a table [rows, E]"),

@@ -71,7 +71,7 @@ def route(
       TypeError: an array has a dtype of another kind.
 
     Source: Mixtral (arXiv 2401.04088), section 2.1; DeepSeek-V2 (2405.04434), equations 20 to 22, and V3 (2412.19437),
-    equations 12 to 16; BlockFFN (2507.08771), equations 3 and 4; MoE++ (2410.07348), equations 1 and 2.
+    equations 12 to 16; BlockFFN (2507.08771); MoE++ (2410.07348).
 
     >>> import jax.numpy as jnp, portable
     >>> routing = portable.ops.route(jnp.log(jnp.array([[1.0, 4.0, 3.0, 2.0]])), top_k=2, renormalize=True)

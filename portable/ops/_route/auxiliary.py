@@ -83,7 +83,7 @@ def load_balance_loss(
       ValueError: the routing has no scores, share_of is unknown, or per_sequence has no axis of tokens.
 
     Source: Switch Transformers (arXiv 2101.03961), equations 4 to 6; DeepSeek-V3 (2412.19437), equations 17 to 20;
-    MoE++ (2410.07348), equation 7.
+    MoE++ (2410.07348).
 
     >>> import jax.numpy as jnp, portable
     >>> routing = portable.ops.route(jnp.zeros([8, 4]), top_k=2)  # ties: all tokens to experts 0 and 1
@@ -179,7 +179,7 @@ def chunk_union(routing: Routing, chunk: int) -> Bool[Array, "*batch n e"]:
     Raises:
       ValueError: chunk is not positive, or there is no axis of tokens.
 
-    Source: BlockFFN (arXiv 2507.08771), section 3.2.
+    Source: BlockFFN (arXiv 2507.08771).
     """
     used = _counts(routing.indices, routing.num_experts) > 0
     return _chunks("chunk_union", used, chunk, False).any(-2)
@@ -204,7 +204,7 @@ def chunk_sparsity_loss(
     Raises:
       ValueError: the routing has no scores, chunk is not positive, or there is no axis of tokens.
 
-    Source: BlockFFN (arXiv 2507.08771), equation 8.
+    Source: BlockFFN (arXiv 2507.08771).
     """
     shares = _shares("chunk_sparsity_loss", routing)
     shares = _chunks("chunk_sparsity_loss", shares * _real(shares, mask)[..., None], chunk, 0)
@@ -238,7 +238,7 @@ def locality_loss(
     Raises:
       ValueError: the routing has no logits, or no axis of tokens.
 
-    Source: BlockFFN (arXiv 2507.08771), equation 7.
+    Source: BlockFFN (arXiv 2507.08771).
     """
     if routing.logits is None or routing.logits.ndim < 2:
         raise ValueError("locality_loss: the routing must have logits [*batch, t, E]; take one from `route`.")

@@ -47,7 +47,7 @@ def limit_capacity(
         not fit, or "next" is asked of a routing without scores.
 
     Source: GShard (arXiv 2006.16668), algorithm 1; Switch Transformers (2101.03961), section 2.2 and appendix B
-    ("no token left behind"); V-MoE (2106.05974), section 4.1 and algorithm 2; MoE++ (2410.07348), equation 8.
+    ("no token left behind"); V-MoE (2106.05974), section 4.1 and algorithm 2; MoE++ (2410.07348).
 
     >>> import jax.numpy as jnp, portable
     >>> routing = portable.ops.route(jnp.array([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]]), top_k=1)

@@ -39,7 +39,7 @@ def simple_experts(
       ValueError: shapes do not fit, or the routing has fewer experts than are named.
       TypeError: an array has a dtype of another kind.
 
-    Source: MoE++ (arXiv 2410.07348), equations 3 to 5; LongCat-Flash (2509.01322), section 2.1.1.
+    Source: MoE++ (arXiv 2410.07348); LongCat-Flash (2509.01322).
 
     >>> import jax.numpy as jnp, portable
     >>> routing = portable.ops.Routing(jnp.array([[0, 2]]), jnp.array([[0.75, 0.25]]), num_experts=3)
