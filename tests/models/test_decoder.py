@@ -15,8 +15,8 @@ from tests.oracles import need
 pytestmark = pytest.mark.oracle
 FORWARD, GRADIENT = 2e-5, 5e-5
 # One of each mechanism; the others of each family run with -m full.
-QUICK = ("llama", "qwen3_moe", "gpt_oss", "lfm2_moe", "deepseek_v3")
-GRADIENTS = (*QUICK, "lfm2")
+QUICK = ("qwen3_moe", "gpt_oss", "lfm2_moe", "deepseek_v3")
+GRADIENTS = ("llama", "qwen3_moe", "gpt_oss", "lfm2", "deepseek_v3")
 
 
 def _cases(quick):
@@ -63,11 +63,12 @@ def test_transformers_loads_what_we_save(name, tmp_path):
         np.testing.assert_array_equal(tensor.numpy(), want[key].numpy(), err_msg=key)
     given = torch.tensor(oracle.tokens((1, 13)))
     with torch.no_grad():
-        np.testing.assert_array_equal(back.eval()(given).logits, theirs(given).logits)
+        # Their products over two threads differ in the last bit from call to call.
+        assert oracle.relative(back.eval()(given).logits, theirs(given).logits) <= 1e-6
     assert models.load(tmp_path).config == ours.config
 
 
-@pytest.mark.parametrize("name", _cases(("qwen3_moe", "lfm2_moe", "deepseek_v2")))
+@pytest.mark.parametrize("name", _cases(("lfm2_moe", "deepseek_v2")))
 def test_ragged_prompts_are_as_if_alone(name):
     """Padding on either side, packed documents, and rows of unequal length in one cache."""
     graphdef, params = nnx.split(oracle.loaded(name))
