@@ -253,7 +253,7 @@ class MoE(nnx.Module):
           ValueError: the layer has no table, or this one does not fit.
         """
         shape = None if self.table is None else list(self.table.get_value().shape)
-        if shape != list(jnp.shape(table)):
+        if self.table is None or shape != list(jnp.shape(table)):
             raise ValueError(f"MoE: the table must have the shape of the layer's, {shape}; got {list(table.shape)}.")
         check_table(table, self.num_experts, self.up.get_value().shape[0])
         self.table[...] = jnp.asarray(table, jnp.int32)
@@ -265,7 +265,7 @@ class MoE(nnx.Module):
             wide = ops.jitter(wide, jitter, self.jitter)
         inner = wide if self.router_hidden is None else jnp.tanh(self.router_hidden(wide))
         logits = self.router(inner)
-        if previous_logits is not None:
+        if previous_logits is not None and self.router_residual is not None:
             logits = logits + self.router_residual(previous_logits.astype(logits.dtype))
         if noise is not None and self.noise is not None:
             logits, _ = ops.noisy_logits(logits, self.noise(wide), noise)
@@ -300,12 +300,12 @@ class MoE(nnx.Module):
         return jnp.zeros(flat.shape, wide).at[places].add(y).astype(x.dtype).reshape(x.shape)
 
     def _ffn(self, x, routing: ops.Routing):
-        gate, up, down, b_gate, b_up, b_down = (
-            None if p is None else p[...].astype(self.dtype)
-            for p in (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
-        )
-        biases = {"b_gate": b_gate, "b_up": b_up, "b_down": b_down}
-        return ops.moe_ffn(x, gate, up, down, routing, activation=self.activation, **biases)
+        def cast(param) -> Any:
+            return None if param is None else param[...].astype(self.dtype)
+
+        biases = {"b_gate": cast(self.gate_bias), "b_up": cast(self.up_bias), "b_down": cast(self.down_bias)}
+        weights = cast(self.gate), cast(self.up), cast(self.down)
+        return ops.moe_ffn(x, *weights, routing, activation=self.activation, **biases)
 
 
 def moe_from_dense(

@@ -70,7 +70,8 @@ def limit_capacity(
         raise ValueError(f"limit_capacity: capacity must be an integer or integers [E] with E={e}; got {capacity!r}.")
     if overflow not in OVERFLOWS:
         raise ValueError(f"limit_capacity: overflow must be one of {', '.join(OVERFLOWS)}; got {overflow!r}.")
-    if overflow == "next" and routing.scores is None:
+    scores = routing.scores if overflow == "next" else None
+    if overflow == "next" and scores is None:
         raise ValueError("limit_capacity: overflow='next' needs the scores of a routing from `route`; got none.")
     room = jnp.broadcast_to(jnp.asarray(capacity, jnp.int32), (e,))
     order = _order(routing, priority).reshape(tokens)
@@ -78,13 +79,13 @@ def limit_capacity(
     rank = _ranks(flat.T.reshape(-1), e).reshape(k, tokens).T
     limits = jnp.append(room, jnp.int32(0))  # of an empty choice
     kept = jnp.where(rank < limits[flat], flat, jnp.int32(e))
-    if overflow == "next":
-        kept = _move(kept, flat, routing.scores.reshape(tokens, e)[order], room)
+    if scores is not None:
+        kept = _move(kept, flat, scores.reshape(tokens, e)[order], room)
     back = jnp.argsort(order)
     indices = kept[back].reshape(*space, k)
     weights = routing.weights
-    if overflow == "next":
-        before, after = pick(routing.scores, routing.indices), pick(routing.scores, indices)
+    if scores is not None:
+        before, after = pick(scores, routing.indices), pick(scores, indices)
         moved = indices != routing.indices
         weights = jnp.where(moved, weights * after / jnp.where(moved & (before != 0), before, 1), weights)
     return dataclasses.replace(routing, indices=indices, weights=jnp.where(indices == e, 0, weights))

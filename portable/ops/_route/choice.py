@@ -60,8 +60,8 @@ def expert_choice(
     e, tokens = logits.shape[-1], math.prod(logits.shape[:-1])
     if (capacity is None) == (factor is None):
         raise ValueError("expert_choice: give either capacity or factor.")
-    if factor is not None:
-        capacity = min(tokens, math.ceil(factor * tokens / e))
+    if capacity is None:
+        capacity = min(tokens, math.ceil((factor or 0) * tokens / e))
     if not 1 <= capacity <= tokens:
         raise ValueError(
             f"expert_choice: capacity must be from 1 to the number of tokens; got {capacity}, {tokens} tokens."

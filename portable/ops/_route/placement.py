@@ -57,11 +57,8 @@ def simple_experts(
     d = x.shape[-1]
     if (constants is None) != (mixes is None):
         raise ValueError("simple_experts: give constants and mixes together, or neither.")
-    if constants is not None and (constants.shape[1:] != (d,) or mixes.shape != (len(constants), d, 2)):
-        raise ValueError(
-            f"simple_experts: constants must be [c, d] and mixes [c, d, 2] with d={d}; got {list(constants.shape)} and "
-            f"{list(mixes.shape)}."
-        )
+    if constants is not None and mixes is not None:
+        _check_constants(constants, mixes, d)
     c = 0 if constants is None else len(constants)
     first = routing.num_experts - c - copies - zeros
     if min(copies, zeros, first) < 0:
@@ -74,7 +71,7 @@ def simple_experts(
     copied = (indices >= first + c) & (indices < first + c + copies)
     share = jnp.where(copied, weights, 0).sum(-1)
     y = 0
-    if constants is not None:
+    if constants is not None and mixes is not None:
         each = spread(weights, indices - first, c)
         mix = jax.nn.softmax(jnp.einsum("...d,cdm->...cm", wide, mixes.astype(dtype)), axis=-1)
         share = share + (each * mix[..., 0]).sum(-1)
@@ -83,6 +80,14 @@ def simple_experts(
     network = indices < first
     networks = Routing(jnp.where(network, indices, first), jnp.where(network, routing.weights, 0), first)
     return y.astype(x.dtype), networks
+
+
+def _check_constants(constants: Array, mixes: Array, d: int) -> None:
+    if constants.shape[1:] != (d,) or mixes.shape != (len(constants), d, 2):
+        raise ValueError(
+            f"simple_experts: constants must be [c, d] and mixes [c, d, 2] with d={d}; got {list(constants.shape)} and "
+            f"{list(mixes.shape)}."
+        )
 
 
 def remap_experts(

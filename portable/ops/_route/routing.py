@@ -1,6 +1,7 @@
 """What a router decides, and what the experts' op reads: which experts take which tokens, and with what weight."""
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
+@typing.no_type_check  # JAX also holds shapes, shardings and tangents in these fields
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """Each token's experts.
@@ -29,6 +31,7 @@ class Routing:
 
 
 @jax.tree_util.register_dataclass
+@typing.no_type_check  # JAX also holds shapes, shardings and tangents in these fields
 @dataclasses.dataclass(frozen=True)
 class ExpertChoice:
     """Each expert's tokens (Zhou et al. 2022, arXiv:2202.09368, equation 1).
