@@ -13,6 +13,7 @@ from flax import nnx
 
 from portable import selection
 from portable.checks import Unavailable
+from portable.nn import fresh_state
 from portable.parity import programs
 
 # What float32 sums of these sizes, and results rounded to bfloat16, leave; gradients are allowed 2.5 times as much.
@@ -133,7 +134,7 @@ def _work(work: str, graphdef: Any, weights: Any, tokens: jax.Array) -> Any:
     if work == "forward":
         return model(tokens)
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1])
-    logits, state = model.prefill(tokens, lengths, model.init_state(tokens.shape[0]))
+    logits, state = model.prefill(tokens, lengths, fresh_state(model, tokens.shape[0], tokens.shape[1] + 1))
     return model.step(tokens[:, 0], state) if work == "decode" else (logits, state)
 
 
