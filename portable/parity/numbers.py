@@ -215,7 +215,8 @@ def interpreted(
         if cotangents is None:
             return list(zip(got, jax.jit(fn)(*wide), strict=True))
         want, slopes = jax.jit(programs.with_gradients(fn, *wide).fn)(wide, pulled)
-    found = impl.interpret("bwd", arrays, cotangents, **options)
+    kept = (impl.interpret("save", *arrays, **options)[1],) if impl.save is not None else ()
+    found = impl.interpret("bwd", (*arrays, *kept), cotangents, **options)
     taken = [g for g, x in zip(found, arrays, strict=True) if _floating([x])]
     return list(zip((*got, *taken), (*want, *slopes), strict=True))
 
