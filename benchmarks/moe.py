@@ -19,7 +19,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -136,12 +136,12 @@ def over(what: str, ours: dict, against: str, theirs: dict, relation: str, bar: 
     return report.Row(what, *texts, ratio("wall", "median"), relation, bar, others=others)
 
 
-def sizes(rounds: int) -> list[report.Row]:
+def sizes(rounds: int) -> Iterator[list[report.Row]]:
     """Forward, with the experts' arrays apart and stacked, and forward and backward."""
-    rows = []
     for (tokens, k, experts), bar in SIZES.items():
         name = f"{tokens} tokens, {k} of {experts}"
         print(name, file=sys.stderr)
+        rows = []
         stacked, chosen = weights(experts), routing(tokens, k, experts)
         x = jax.random.normal(jax.random.key(3), (tokens, D))
         repeated = jnp.repeat(x, k, 0)
@@ -185,12 +185,11 @@ def sizes(rounds: int) -> list[report.Row]:
             rows.append(over("  forward and backward", times["both"], other, times[other], ">=", 1.0))
         del programs, stacked, args
         gc.collect()
-    return rows
+        yield rows
 
 
-def skew(rounds: int) -> list[report.Row]:
+def skew(rounds: int) -> Iterator[list[report.Row]]:
     """64 experts, tokens spread by Zipf's law, against the same number spread evenly."""
-    rows = []
     for tokens, k in ((512, 6), (4096, 6)):
         stacked, x = weights(64), jax.random.normal(jax.random.key(3), (tokens, D))
         programs = {
@@ -198,11 +197,10 @@ def skew(rounds: int) -> list[report.Row]:
             for n, s in (("even", 0.0), ("Zipf", 1.0))
         }
         times = take_turns(programs, rounds)
-        rows.append(over(f"{tokens} tokens, {k} of 64, by Zipf", times["Zipf"], "even", times["even"], "<=", SKEW_BAR))
-    return rows
+        yield [over(f"{tokens} tokens, {k} of 64, by Zipf", times["Zipf"], "even", times["even"], "<=", SKEW_BAR)]
 
 
-def decode(rounds: int) -> list[report.Row]:
+def decode(rounds: int) -> Iterator[list[report.Row]]:
     """One token through 4 layers of 64 experts of 2048 x 768, 8 chosen, against products with fixed experts."""
     d, f, experts, k, layers = 2048, 768, 64, 8, 4
     x = jax.random.normal(jax.random.key(3), (1, d))
@@ -231,7 +229,7 @@ def decode(rounds: int) -> list[report.Row]:
         temp = runs[name][1]["temp"]
         texts = f"{temp / 2**20:.2f} MiB", "one expert", f"{expert / 2**20:.0f} MiB"
         rows.append(report.Row("  memory", *texts, temp / expert, "<=", 1.0))
-    return rows
+    yield rows
 
 
 PHASES = {"sizes": sizes, "skew": skew, "decode": decode}
@@ -252,9 +250,10 @@ def main() -> int:
         parser.error(f"there is no phase {sorted(unknown)[0]!r}; there are: {', '.join(PHASES)}")
     found = json.loads(args.json.read_text()) if args.json.exists() else {"phases": {}}
     for phase in [] if args.show else args.phases or list(PHASES):
-        rows = [row.record() for row in PHASES[phase](args.rounds)]
-        found["phases"][phase] = {"machine": measure.machine(), "rounds": args.rounds, "rows": rows}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        found["phases"][phase] = {"machine": measure.machine(), "rounds": args.rounds, "rows": []}
+        for rows in PHASES[phase](args.rounds):
+            found["phases"][phase]["rows"] += [row.record() for row in rows]
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
     rows = [
         report.Row(**{key: value for key, value in row.items() if key != "passed"})
         for phase in PHASES

@@ -65,6 +65,7 @@ class MoE(nnx.Module):
         zeros: int = 0,
         shared: int | None = None,
         shared_gate: bool = False,
+        use_shared_bias: bool = False,
         capacity_factor: float | None = None,
         priority: str = "position",
         overflow: str = "drop",
@@ -92,6 +93,7 @@ class MoE(nnx.Module):
         jitter: amount of `portable.ops.jitter` on the router's input of a call with a key.
         constants, copies, zeros: numbers of experts without a network.
         shared, shared_gate: width of a gated expert that every token takes, and whether a sigmoid weighs it.
+        use_shared_bias: biases of that expert.
         capacity_factor, priority, overflow: of `portable.ops.limit_capacity`; None limits nothing.
         expert_choice: experts choose tokens (`portable.ops.expert_choice`, with capacity_factor); without top_k.
         table, slots: of `portable.ops.remap_experts`: where the networks lie among `slots` stacked ones.
@@ -176,7 +178,7 @@ class MoE(nnx.Module):
         self.shared = self.shared_gate = nnx.data(None)
         if shared is not None:
             options = {"dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
-            self.shared = GatedMLP(d, shared, activation=_SHARED[activation], **options)
+            self.shared = GatedMLP(d, shared, activation=_SHARED[activation], use_bias=use_shared_bias, **options)
             if shared_gate:
                 self.shared_gate = linear(d, 1, ("embed", None), use_bias=False, **options)
 

@@ -7,6 +7,8 @@ from portable.ops._grouped_matmul.api import grouped_matmul as grouped_matmul
 from portable.ops._linear.api import linear as linear
 from portable.ops._moe_ffn.api import moe_ffn as moe_ffn
 from portable.ops._neighborhood_attention.api import neighborhood_attention as neighborhood_attention
+from portable.ops._neighborhood_attention.groups import batch_to_space as batch_to_space
+from portable.ops._neighborhood_attention.groups import space_to_batch as space_to_batch
 from portable.ops._neighborhood_attention.plan import NeighborhoodPlan as NeighborhoodPlan
 from portable.ops._neighborhood_attention.plan import neighborhood_plan as neighborhood_plan
 from portable.ops._rms_norm.api import rms_norm as rms_norm

@@ -13,6 +13,7 @@ from flax import nnx
 
 from portable import selection
 from portable.checks import Unavailable
+from portable.nn import fresh_state
 from portable.parity import programs
 
 # What float32 sums of these sizes, and results rounded to bfloat16, leave; gradients are allowed 2.5 times as much.
@@ -23,14 +24,16 @@ MODEL_BARS = {"float32": 2e-5, "bfloat16": 6e-2}
 
 
 def relative(got: Any, want: Any) -> float:
-    """Returns max|got - want| / max|want| of two arrays; 0 for empty ones, infinite if a difference is NaN."""
+    """Returns max|got - want| / max|finite want| of two arrays; 0 for empty ones, infinite if a difference is NaN."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         raise ValueError(f"results must have the reference's shape {list(want.shape)}; got {list(got.shape)}.")
     if not want.size:
         return 0.0
-    error = np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny)
-    return float(np.inf if np.isnan(error) else error)
+    with np.errstate(invalid="ignore"):
+        error = np.where(got == want, 0, np.abs(got - want)).max()  # infinities may be equal
+    scale = np.abs(want[np.isfinite(want)]).max(initial=np.finfo(np.float32).tiny)
+    return float(np.inf if np.isnan(error) else error / scale)
 
 
 def compare(
@@ -131,7 +134,7 @@ def _work(work: str, graphdef: Any, weights: Any, tokens: jax.Array) -> Any:
     if work == "forward":
         return model(tokens)
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1])
-    logits, state = model.prefill(tokens, lengths, model.init_state(tokens.shape[0]))
+    logits, state = model.prefill(tokens, lengths, fresh_state(model, tokens.shape[0], tokens.shape[1] + 1))
     return model.step(tokens[:, 0], state) if work == "decode" else (logits, state)
 
 

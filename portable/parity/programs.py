@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from portable.nn import fresh_state
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -166,15 +168,14 @@ def _prefill(model: Any, batch: int, length: int) -> Program:
 
     def prefill(weights: Any, tokens: jax.Array, lengths: jax.Array) -> tuple:
         model = nnx.merge(graphdef, weights)
-        return model.prefill(tokens, lengths, model.init_state(batch))
+        return model.prefill(tokens, lengths, fresh_state(model, batch, length))
 
     return Program(prefill, (weights, _tokens(batch, length), _tokens(batch)))
 
 
 def _decode(model: Any, batch: int, length: int) -> Program:
-    del length  # a decode state does not grow, or the model's own limit bounds it
     graphdef, weights = nnx.split(model)
-    state = jax.eval_shape(lambda w: nnx.merge(graphdef, w).init_state(batch), weights)
+    state = jax.eval_shape(lambda w: fresh_state(nnx.merge(graphdef, w), batch, length), weights)
     program = Program(lambda w, t, s: nnx.merge(graphdef, w).step(t, s), (weights, _tokens(batch), state))
     return dataclasses.replace(program, donate=(2,))
 

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import numpy as np
 import pytest
 
 import portable
-from portable import parity
 from portable.ops._ssd import reference
 from portable.pallas_kernels.gpu import _launch, ssd
 from portable.parity import numbers
 from tests.kernels.mutation import errors
+from tests.kernels.triton_compiler import SHARED, compile_kernels, compilers
 from tests.oracles import child, need
 
 IMPORTS = """
@@ -223,40 +222,6 @@ def test_a_mapped_axis_joins_the_batch():
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def compilers() -> None:
-    """Skips unless kernels can be compiled for a GPU here."""
-    if reason := parity.missing("cuda"):
-        pytest.skip(reason)
-    for package in ("triton", "jax_triton"):
-        if reason := _launch.missing(package):
-            pytest.skip(reason)
-
-
-def compile_kernels(code: str, folder: Path) -> dict[str, dict[str, int]]:
-    """Runs code that lowers kernels; returns registers, spilled bytes and shared memory of each by name."""
-    import nvidia.cuda_nvcc
-
-    child(IMPORTS + code, env={"JAX_TRITON_DUMP_DIR": str(folder), "JAX_ENABLE_COMPILATION_CACHE": "false"})
-    ptxas = Path(nvidia.cuda_nvcc.__path__[0]) / "bin" / "ptxas"
-    found = {}
-    for ptx in sorted(folder.glob("*/*.ptx")):
-        arch = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)[1]
-        command = [ptxas, "-v", f"-arch={arch}", ptx, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        number = lambda pattern, text: int(re.search(pattern, text)[1])  # noqa: E731
-        info = ptx.with_suffix(".compile_info").read_text()
-        found[f"{arch} {ptx.stem} {ptx.parent.name}"] = {
-            "registers": number(r"Used (\d+) registers", said),
-            "spilled": number(r"(\d+) bytes spill stores", said) + number(r"(\d+) bytes spill loads", said),
-            "shared": number(r"shared_mem_bytes: (\d+)", info),
-        }
-    return found
-
-
-# Shared memory that a program may ask for, of the data-center GPU with that capability.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-
 @pytest.mark.aot
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
@@ -265,7 +230,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 def test_compiles_without_spilling(target, dtype, tmp_path, record_property):
     compilers()
     found = compile_kernels(
-        f"a, k, v, q, s, _ = shapes(2, 2048, 24, 64, 1, 128, jnp.{dtype})\n"
+        IMPORTS + f"a, k, v, q, s, _ = shapes(2, 2048, 24, 64, 1, 128, jnp.{dtype})\n"
         f"with _launch.capability({target}): lowered(both, (a, k, v, q, s, None), v, s)\n",
         tmp_path,
     )
@@ -294,5 +259,5 @@ def test_lowers_mapped_with_segments_and_for_the_capability_asked(tmp_path):
         with _launch.capability(80):
             lowered(both, args, v, s)
         """
-    found = compile_kernels("\n".join(line[8:] for line in code.splitlines()), tmp_path)
+    found = compile_kernels(IMPORTS + "\n".join(line[8:] for line in code.splitlines()), tmp_path)
     assert {name.split()[0] for name in found} == {"sm_80", "sm_90a"}

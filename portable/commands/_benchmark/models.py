@@ -13,6 +13,7 @@ from flax import nnx
 from portable.checks import PortableError
 from portable.commands._benchmark import timing
 from portable.generation import generate
+from portable.nn import fresh_state
 from portable.parity import numbers
 
 
@@ -66,10 +67,10 @@ class GreedyLoop:
         return generate(self._resumed, self._prompts, max_new_tokens=self._count).tokens
 
 
-def read(model: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-    """Prefills [b, t] tokens; returns (logits of the last ones [b, v], state)."""
+def read(model: Any, tokens: jax.Array, room: int | None = None) -> tuple[jax.Array, Any]:
+    """Prefills [b, t] tokens; returns (logits of the last ones [b, v], state with room for so many, t unless given)."""
     b, t = tokens.shape
-    return model.prefill(tokens, jnp.full(b, t), model.init_state(b))
+    return model.prefill(tokens, jnp.full(b, t), fresh_state(model, b, room or t))
 
 
 def loss(model: Any, tokens: jax.Array) -> jax.Array:
@@ -108,6 +109,8 @@ def build(name: str, size: str | None, folder: str | None, dtype: str, *, quick:
     if folder is not None:
         return folder, models.load(folder, wide, compute_dtype=wide)
     sizes = published(name)
+    if not sizes:
+        raise PortableError(f"bench: {name} has no sizes to name here; give --model FOLDER.")
     size = size or next(iter(sizes))
     if size not in sizes:
         raise PortableError(f"bench: {name} has no published size {size!r}; there are: {', '.join(sizes)}.")
@@ -122,7 +125,7 @@ def records(model: Any, *, batch: int, prompt: int, tokens: int, samples: int) -
     graph, weights = nnx.split(model)
 
     def prefill(weights, ids):
-        return read(nnx.merge(graph, weights), ids)
+        return read(nnx.merge(graph, weights), ids, prompt + tokens)
 
     yield _record("prefill", batch * prompt, timing.measure(prefill, weights, ids, samples=samples))
 
