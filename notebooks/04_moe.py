@@ -141,7 +141,8 @@ print(f"expert choice: {alone} of {tokens} tokens go to no expert")
 #
 # A byte-level model of attention and `portable.nn.MoE`, trained on the source of Python's standard library: three times
 # from the same start, once without any balancing, once with a load-balancing loss, once with the bias and no loss. The
-# same compiled step does all three.
+# same compiled step does all three. Published models with experts are in `portable.models`; this one is written out, to
+# show what its routers do.
 
 
 # %%
