@@ -181,7 +181,7 @@ class Model(nnx.Module):
 
 
 d, f, layers, e, k = (48, 96, 1, 8, 2) if FAST else (128, 256, 2, 8, 2)
-length, batch_size, steps = (64, 8, 40) if FAST else (128, 8, 250)
+length, batch_size, steps = (64, 8, 30) if FAST else (128, 8, 250)
 router = {"num_experts": e, "top_k": k, "score": "sigmoid", "renormalize": True, "use_selection_bias": True}
 
 
@@ -416,7 +416,7 @@ plt.show()
 
 
 # %%
-def milliseconds(programs, rounds=5 if FAST else 15):
+def milliseconds(programs, rounds=3 if FAST else 15):
     """Returns each program's median; they take turns, so that a busy machine slows all of them."""
     for fn, args in programs.values():
         jax.block_until_ready(fn(*args))
