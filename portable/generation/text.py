@@ -37,7 +37,8 @@ class TextStream:
             text = self._text()
             if not text.endswith(_BROKEN) or len(self._waiting) >= _PATIENCE:
                 out.append(text)
-                self._shown, self._waiting = self._waiting, []
+                # A token without text, such as one that ends a text, leaves what the next one is joined with.
+                self._shown, self._waiting = self._waiting if text else self._shown + self._waiting, []
         return "".join(out)
 
     def close(self) -> str:
