@@ -93,4 +93,4 @@ def _abstract(make: Callable) -> tuple[tuple, dict]:
 
 
 def _shapes(arguments) -> str:
-    return " ".join(f"{a.dtype.name}{list(a.shape)}".replace(" ", "") for a in arguments if a is not None)
+    return " ".join(f"{a.dtype.name}{list(a.shape)}".replace(" ", "") for a in jax.tree.leaves(arguments))

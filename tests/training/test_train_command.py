@@ -120,7 +120,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_log(text, tmp_path):
     options = TrainOptions(steps=9, length=32, warmup=0, schedule="constant", learning_rate=1e38, clip=0)
     with pytest.raises(PortableError, match=r"diverged: the loss of step \d is (nan|inf); start again in another"):
         fit(Constant(), read_text(text), options, tmp_path)
-    assert losses(tmp_path)[0] == pytest.approx(8 * math.log(2))
+    assert losses(tmp_path)[0] == pytest.approx(8 * math.log(2), rel=1e-5)
     assert not math.isfinite(losses(tmp_path)[-1])
 
 
