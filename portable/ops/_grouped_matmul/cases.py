@@ -46,4 +46,4 @@ SIZES = {
 }
 
 # What stands for the rest in the backend-parity matrix.
-MATRIX = ("empty_groups",)
+MATRIX = ("empty_groups", "bfloat16")

@@ -84,4 +84,4 @@ SIZES = {
 }
 
 # What stands for the rest in the backend-parity matrix.
-MATRIX = ("gpt_oss",)
+MATRIX = ("gpt_oss", "bfloat16")
