@@ -22,19 +22,19 @@ CONFIGS = {
         "key_gradients": Config(0, 0, warps=8, stages=1),
     },
     (2, True): {
-        "attend": Config(0, 0, warps=4, stages=2),
+        "attend": Config(0, 0, warps=8, stages=2),
         "query_gradients": Config(0, 0, warps=8, stages=1),
         "key_gradients": Config(0, 0, warps=8, stages=1),
     },
     (4, False): {
         "attend": Config(0, 0, warps=8, stages=1),
         "query_gradients": Config(0, 0, warps=8, stages=1),
-        "key_gradients": Config(0, 0, warps=4, stages=1),
+        "key_gradients": Config(0, 0, warps=16, stages=1),
     },
     (4, True): {
         "attend": Config(0, 0, warps=8, stages=1),
-        "query_gradients": Config(0, 0, warps=8, stages=1),
-        "key_gradients": Config(0, 0, warps=8, stages=1),
+        "query_gradients": Config(0, 0, warps=16, stages=1),
+        "key_gradients": Config(0, 0, warps=16, stages=1),
     },
 }
 
