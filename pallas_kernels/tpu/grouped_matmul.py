@@ -1,0 +1,32 @@
+"""`grouped_matmul` on a TPU; see `_grouped`."""
+
+import functools
+
+import jax.numpy as jnp
+
+from portable.ops._grouped_matmul import blocks as layout
+from portable.pallas_kernels.tpu import _grouped
+from portable.selection import Impl
+
+
+def why_not(x, w, group_sizes) -> str | None:
+    """Says in a sentence why the kernel cannot take a call."""
+    if isinstance(w, tuple):
+        return f"w must be one stacked array, [e, d, f]; got {len(w)} arrays."
+    return _grouped.refuses(x.shape[0], group_sizes.size, *w.shape[1:], 1, x.dtype)
+
+
+def matmul(x, w, group_sizes, transposed: bool = False):
+    """Returns y [m, f]; matrices are [e, d, f], or [e, f, d] where `transposed`."""
+    rows = x.shape[0]
+    blocks = layout.make(group_sizes, rows, _grouped.block_rows(rows, w.shape[0], x.dtype))
+    (y,) = _grouped.products(x[blocks.rows], blocks, None, (w, None), transposed=transposed)
+    return jnp.where((jnp.arange(rows) < group_sizes.sum())[:, None], y[blocks.place], 0)
+
+
+def fwd(x, w, group_sizes):
+    """See `portable.ops._grouped_matmul.reference.fwd`."""
+    return (matmul(x, w, group_sizes),)
+
+
+IMPL = Impl(fwd=fwd, why_not=why_not, interpret=functools.partial(_grouped.interpreted, {"fwd": fwd}))
