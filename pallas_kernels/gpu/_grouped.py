@@ -31,6 +31,9 @@ TILINGS = {
     (4, 1, True): Tiling(32, 16, warps=4, stages=2),
     (4, 2, True): Tiling(32, 16, warps=4, stages=2),
 }
+# Of gradients of matrices, by the bytes of an operand: rows of x at a time, and the tile of the matrix.
+OUTER_ROWS = {2: 64, 4: 16}
+OUTER = {2: Tiling(128, 128, warps=8, stages=3), 4: Tiling(64, 64, warps=8, stages=2)}
 
 
 def refuses(dtype, rows: int, *shapes: tuple[int, ...]) -> str | None:
@@ -82,3 +85,20 @@ class Call:
         config = _launch.Config(0, 0, tiling.warps, tiling.stages)
         grid = (b.group.size * tiles,)
         return _launch.call(getattr(_grouped_kernels, name), given, made, grid, config=config, **constants)
+
+
+def outer(x, dy, group_sizes, dtype):
+    """Returns each group's x.T @ dy [e, d, f] for x [m, d] and dy [m, f]."""
+    from portable.pallas_kernels.gpu import _grouped_kernels
+
+    inner, width, size = x.shape[1], dy.shape[1], x.dtype.itemsize
+    tiling = OUTER[size]
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    tiles, parts = -(-width // tiling.columns), -(-inner // tiling.inner)
+    constants = {"D": inner, "F": width, "TILES": tiles, "PARTS": parts, "ROWS": OUTER_ROWS[size]}
+    constants |= {"COLUMNS": tiling.columns, "INNER": tiling.inner}
+    given = x, dy, ends - group_sizes.astype(jnp.int32), ends
+    made = ShapeDtypeStruct((group_sizes.size, inner, width), dtype)
+    config = _launch.Config(0, 0, tiling.warps, tiling.stages)
+    grid = (group_sizes.size * tiles * parts,)
+    return _launch.call(_grouped_kernels.outer, given, (made,), grid, config=config, **constants)[0]

@@ -156,3 +156,27 @@ def hidden_kept(x, token, group, row, end, count, gate, up, b_gate, b_up, y, kep
     _store(kept_up, of_up, rows, last, f, F)
     if GATE:
         _store(kept_gate, of_gate, rows, last, f, F)
+
+
+@triton.jit
+def outer(x, dy, start, end, dw, D: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+          INNER: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Writes dw [E, D, F], each group's x.T @ dy; `start` and `end` [E] are its rows.
+
+    A program for each group, part of INNER rows of dw and tile of columns.
+    """
+    program = tl.program_id(0)
+    e = program // (TILES * PARTS)
+    d = program // TILES % PARTS * INNER + tl.arange(0, INNER)
+    f = program % TILES * COLUMNS + tl.arange(0, COLUMNS)
+    last = tl.load(end + e)
+    acc = tl.zeros([INNER, COLUMNS], tl.float32)
+    for first in range(tl.load(start + e), last, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        own = (rows < last)[:, None]
+        rows = rows.to(tl.int64)[:, None]
+        a = tl.load(x + rows * D + d[None, :], mask=own & (d < D)[None, :], other=0.0)
+        b = tl.load(dy + rows * F + f[None, :], mask=own & (f < F)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
+    at = dw + e.to(tl.int64) * (D * F) + d[:, None] * F + f[None, :]
+    tl.store(at, acc.to(dw.dtype.element_ty), mask=(d < D)[:, None] & (f < F)[None, :])

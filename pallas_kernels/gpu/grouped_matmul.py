@@ -27,11 +27,23 @@ def fwd(*arrays):
     return _launch.mapped_in_turn(_fwd)(*arrays)
 
 
+def _bwd(residuals, cotangents):
+    x, w, group_sizes = residuals
+    (dy,) = cotangents
+    dx = _grouped.Call(group_sizes, x.shape[0], x.dtype).product(dy, w, transposed=True)
+    return dx, _grouped.outer(x, dy, group_sizes, w.dtype), None
+
+
+def bwd(residuals, cotangents):
+    """Returns the cotangents of x and w; residuals are the arguments of `fwd`."""
+    return _launch.mapped_in_turn(_bwd)(residuals, cotangents)
+
+
 def interpret(part, *args):
-    """Runs `fwd` by Triton's interpreter on the CPU; see `_launch.interpret`."""
-    if reason := refuses(*args):
+    """Runs `fwd` or `bwd` by Triton's interpreter on the CPU; see `_launch.interpret`."""
+    if reason := refuses(*(args[0] if part == "bwd" else args)):
         raise Unavailable(f"grouped_matmul: 'triton' cannot take this call: {reason}")
     return _launch.interpret(__name__, part, args, {})
 
 
-IMPL = Impl(fwd=fwd, why_not=why_not, interpret=interpret)
+IMPL = Impl(fwd=fwd, bwd=bwd, why_not=why_not, interpret=interpret)

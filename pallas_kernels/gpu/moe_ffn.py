@@ -5,6 +5,9 @@ Rows are read from x by their token, and written in the plan's order: nothing is
 
 import functools
 
+import jax
+import jax.numpy as jnp
+
 from portable.checks import Unavailable
 from portable.ops._moe_ffn import compose
 from portable.ops._moe_ffn.arguments import Arguments
@@ -46,11 +49,26 @@ def save(*arrays, activation, capacity):
     return _launch.mapped_in_turn(functools.partial(_run, True, activation))(*arrays)
 
 
+def _matmul(x, w, group_sizes, transposed):
+    return _grouped.Call(group_sizes, x.shape[0], x.dtype).product(x, w, transposed=transposed)
+
+
+def _outer(x, dy, group_sizes, dtype, i):
+    del i
+    return _grouped.outer(x, dy, group_sizes, dtype)
+
+
+def bwd(residuals, cotangents, **options):
+    """See `compose.bwd`."""
+    walk = functools.partial(compose.bwd, compose.Engine(_matmul, _outer), **options)
+    return _launch.mapped_in_turn(walk)(*jax.tree.map(jnp.asarray, (residuals, cotangents)))
+
+
 def interpret(part, *args, **options):
-    """Runs `fwd` or `save` by Triton's interpreter on the CPU; see `_launch.interpret`."""
-    if reason := refuses(*args, **options):
+    """Runs `fwd`, `save` or `bwd` by Triton's interpreter on the CPU; see `_launch.interpret`."""
+    if reason := refuses(*(args[0][:-1] if part == "bwd" else args), **options):
         raise Unavailable(f"moe_ffn: 'triton' cannot take this call: {reason}")
     return _launch.interpret(__name__, part, args, options)
 
 
-IMPL = Impl(fwd=fwd, save=save, why_not=why_not, interpret=interpret)
+IMPL = Impl(fwd=fwd, save=save, bwd=bwd, why_not=why_not, interpret=interpret)

@@ -185,7 +185,8 @@ def interpreted(
     pairs = list(zip(got, want, strict=True))
     if gradients and impl.bwd is not None:
         cotangents = _cotangents(tuple(jnp.asarray(x) for x in got), seed)
-        found = impl.interpret("bwd", arrays, cotangents, **options)
+        kept = (impl.interpret("save", *arrays, **options)[1],) if impl.save is not None else ()
+        found = impl.interpret("bwd", (*arrays, *kept), cotangents, **options)
         with jax.enable_x64(True):
             slopes = pull(_wide(cotangents))
         given = [w is not None and w.dtype != jax.dtypes.float0 for w in slopes]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from portable import selection
 from portable.parity.targets import Target
 
 
@@ -30,9 +31,11 @@ def roofline(target: Target, fn: Callable, *args: Any) -> Roofline:
     """Returns the roofline of `fn(*args)` on a target; the arrays may be `jax.ShapeDtypeStruct`.
 
     Ops of portable count as their default XLA form, whichever implementation is compiled: the roofline is that of the
-    work, not of the way it is done, and a platform's form may compute more to compute it faster.
+    work, not of the way it is done, and a platform's form may compute more to compute it faster. An op whose default
+    form is as long as its data ask for counts as another one (`selection.counting`).
     """
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+    with selection.counting():
+        closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
     flops: dict[str, float] = {}
     _add(closed.jaxpr, 1, flops)
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((args, out)))
@@ -45,8 +48,8 @@ def roofline(target: Target, fn: Callable, *args: Any) -> Roofline:
 def _add(jaxpr: Any, times: float, flops: dict[str, float]) -> None:
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
-        if name in ("dot_general", "conv_general_dilated"):
-            dtype = str(np.result_type(*[x.aval.dtype for x in eqn.invars]))
+        if name in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
+            dtype = str(np.result_type(*[x.aval.dtype for x in eqn.invars[:2]]))
             flops[dtype] = flops.get(dtype, 0) + times * _product(eqn)
         elif name == "portable":
             inner = jax.make_jaxpr(params["rules"].forms.function("default"))(*[x.aval for x in eqn.invars])
@@ -78,6 +81,11 @@ def _is_jaxpr(x: Any) -> bool:
 
 def _product(eqn: Any) -> float:
     left, right = (x.aval.shape for x in eqn.invars[:2])
+    if eqn.primitive.name == "ragged_dot_general":
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+        shared = {*contracted, *batch, *numbers.rhs_group_dimensions}
+        return 2.0 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in shared)
     size = math.prod(eqn.outvars[0].aval.shape)
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]

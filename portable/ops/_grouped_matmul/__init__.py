@@ -10,3 +10,5 @@ WHY = {
     "xla_large_tiles": "walks tiles of at most 512 rows: fewer launches on a GPU.",
     "xla_ragged": "jax.lax.ragged_dot: on a TPU a kernel of XLA's own that computes no other group's product.",
 }
+# The other forms are loops as long as the groups ask for.
+WORK = "xla_ragged"

@@ -7,3 +7,5 @@ WHY = {
     "xla_ragged": "three grouped products by jax.lax.ragged_dot, on a TPU a kernel of XLA's own.",
     "xla_capacity": "one batched product of all experts, each padded to the capacity; by name, for small capacities.",
 }
+# The other forms are loops as long as the groups ask for.
+WORK = "xla_ragged"

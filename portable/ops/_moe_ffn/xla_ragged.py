@@ -5,9 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from portable.ops._arguments import accumulator
 from portable.ops._grouped_matmul import xla_ragged
-from portable.ops._grouped_matmul.tiles import vary_together_like
 from portable.ops._moe_ffn import compose
 from portable.selection import Impl
 
@@ -20,10 +18,7 @@ def _matmul(x, w, group_sizes, transposed):
 
 def _outer(x, dy, group_sizes, dtype, i):
     del i
-    shape = (group_sizes.size, x.shape[1], dy.shape[1])
-    (like,) = vary_together_like(x, jnp.zeros(shape, x.dtype))
-    (dw,) = jax.vjp(lambda w: xla_ragged.matmul(x, w, group_sizes), like)[1](dy.astype(accumulator(x)))
-    return dw.astype(dtype)
+    return xla_ragged.outer(x, dy, group_sizes).astype(dtype)
 
 
 ENGINE = compose.Engine(_matmul, _outer)
