@@ -23,7 +23,7 @@ LARGEST = {2: 128, 4: 64}  # rows of a block, by the bytes of an operand
 # not run on tensor cores and hold their operands in registers.
 TILINGS = {
     (2, 1, False): Tiling(128, 64, warps=8, stages=3),
-    (2, 2, False): Tiling(128, 32, warps=8, stages=3),
+    (2, 2, False): Tiling(64, 64, warps=8, stages=3),
     (2, 1, True): Tiling(128, 64, warps=4, stages=3),
     (2, 2, True): Tiling(64, 64, warps=4, stages=3),
     (4, 1, False): Tiling(64, 16, warps=8, stages=2),

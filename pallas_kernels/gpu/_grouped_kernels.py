@@ -94,9 +94,11 @@ def _activate(gate, up, GATE: tl.constexpr, NAME: tl.constexpr):
 
 
 @triton.jit
-def _store(y, values, rows, end, f, F: tl.constexpr):
-    at = y + rows.to(tl.int64)[:, None] * F + f[None, :]
-    tl.store(at, values.to(y.dtype.element_ty), mask=(rows < end)[:, None] & (f < F)[None, :])
+def _store(y, values, first, end, f, F: tl.constexpr, ROWS: tl.constexpr):
+    """Writes the rows from `first` to before `end`."""
+    i = tl.arange(0, ROWS)
+    at = y + first.to(tl.int64) * F + (i[:, None] * F + f[None, :])
+    tl.store(at, values.to(y.dtype.element_ty), mask=(i < end - first)[:, None] & (f < F)[None, :])
 
 
 @triton.jit
@@ -108,13 +110,14 @@ def product(x, group, row, end, count, w, bias, y, E: tl.constexpr, D: tl.conste
     if block >= tl.load(count):
         return
     last = tl.load(end + block)
-    rows = tl.load(row + block) + tl.arange(0, ROWS)
+    first = tl.load(row + block)
+    rows = tl.minimum(first + tl.arange(0, ROWS), last - 1)
     f = tile * COLUMNS + tl.arange(0, COLUMNS)
     _, made = _products(
-        x, x, tl.load(group + block), tl.minimum(rows, last - 1), f, w, w, bias, bias, E, D, F, ROWS, COLUMNS, INNER,
+        x, x, tl.load(group + block), rows, f, w, w, bias, bias, E, D, F, ROWS, COLUMNS, INNER,
         False, False, BIAS, False, TRANSPOSED,
     )  # fmt: skip
-    _store(y, made, rows, last, f, F)
+    _store(y, made, first, last, f, F, ROWS)
 
 
 @triton.jit
@@ -127,13 +130,14 @@ def hidden(x, token, group, row, end, count, gate, up, b_gate, b_up, y, E: tl.co
     if block >= tl.load(count):
         return
     last = tl.load(end + block)
-    rows = tl.load(row + block) + tl.arange(0, ROWS)
+    first = tl.load(row + block)
+    rows = tl.minimum(first + tl.arange(0, ROWS), last - 1)
     f = tile * COLUMNS + tl.arange(0, COLUMNS)
     of_gate, of_up = _products(
-        x, token, tl.load(group + block), tl.minimum(rows, last - 1), f, gate, up, b_gate, b_up, E, D, F, ROWS,
+        x, token, tl.load(group + block), rows, f, gate, up, b_gate, b_up, E, D, F, ROWS,
         COLUMNS, INNER, GATE, B_GATE, B_UP, True, False,
     )  # fmt: skip
-    _store(y, _activate(of_gate, of_up, GATE, NAME), rows, last, f, F)
+    _store(y, _activate(of_gate, of_up, GATE, NAME), first, last, f, F, ROWS)
 
 
 @triton.jit
@@ -146,16 +150,17 @@ def hidden_kept(x, token, group, row, end, count, gate, up, b_gate, b_up, y, kep
     if block >= tl.load(count):
         return
     last = tl.load(end + block)
-    rows = tl.load(row + block) + tl.arange(0, ROWS)
+    first = tl.load(row + block)
+    rows = tl.minimum(first + tl.arange(0, ROWS), last - 1)
     f = tile * COLUMNS + tl.arange(0, COLUMNS)
     of_gate, of_up = _products(
-        x, token, tl.load(group + block), tl.minimum(rows, last - 1), f, gate, up, b_gate, b_up, E, D, F, ROWS,
+        x, token, tl.load(group + block), rows, f, gate, up, b_gate, b_up, E, D, F, ROWS,
         COLUMNS, INNER, GATE, B_GATE, B_UP, True, False,
     )  # fmt: skip
-    _store(y, _activate(of_gate, of_up, GATE, NAME), rows, last, f, F)
-    _store(kept_up, of_up, rows, last, f, F)
+    _store(y, _activate(of_gate, of_up, GATE, NAME), first, last, f, F, ROWS)
+    _store(kept_up, of_up, first, last, f, F, ROWS)
     if GATE:
-        _store(kept_gate, of_gate, rows, last, f, F)
+        _store(kept_gate, of_gate, first, last, f, F, ROWS)
 
 
 @triton.jit

@@ -20,7 +20,9 @@ def refuses(*arrays, activation, capacity) -> str | None:
     del activation, capacity
     a = Arguments(*arrays)
     if isinstance(a.w_up, tuple):
-        return f"w_gate, w_up and w_down must be stacked arrays, [e, d, f] and [e, f, d]; got {len(a.w_up)} arrays each."
+        return (
+            f"w_gate, w_up and w_down must be stacked arrays, [e, d, f] and [e, f, d]; got {len(a.w_up)} arrays each."
+        )
     return _grouped.refuses(a.x.dtype, a.indices.size, a.w_up.shape)
 
 

@@ -18,14 +18,17 @@ from portable.ops._moe_ffn.activations import activate
 
 LANES = 128
 LARGEST = 256  # rows of a block: the side of the newest MXU
-OPERANDS = 24 * 2**20  # bytes of VMEM for operands and results, of which there are two each
-VMEM = 40 * 2**20  # with what a step computes
+OPERANDS = 32 * 2**20  # bytes of VMEM for operands and results, of which there are two each
+VMEM = 48 * 2**20  # with what a step computes
 
 
-def block_rows(rows: int, groups: int, dtype) -> int:
-    """Returns the rows of a block: half of what a group has on average, so that little is padding."""
-    least = 32 // jnp.dtype(dtype).itemsize  # a tile of VMEM
-    return min(LARGEST, max(least, 1 << (rows // max(groups, 1)).bit_length() - 2 if rows // groups > 1 else 0))
+def block_rows(rows: int, groups: int, inner: int, dtype) -> int:
+    """Returns the rows of a block: half of what a group has on average, so that little is padding; `inner` at most."""
+    size = jnp.dtype(dtype).itemsize
+    half = rows // max(groups, 1) // 2
+    wanted = min(LARGEST, 1 << half.bit_length() - 1 if half else 0, OPERANDS // (4 * size * max(inner, 1)))
+    least = 32 // size  # a tile of VMEM
+    return max(least, wanted // least * least)
 
 
 def _columns(rows: int, inner: int, width: int, products: int, results: int, dtype) -> int | None:
@@ -37,14 +40,13 @@ def _columns(rows: int, inner: int, width: int, products: int, results: int, dty
     return min(whole, key=lambda c: -(-width // c) * c * (1 + 64 / c), default=None)
 
 
-def refuses(rows: int, groups: int, inner: int, width: int, products: int, dtype) -> str | None:
-    """Says in a sentence why the kernel cannot take products of [inner, width] matrices."""
+def refuses(rows: int, groups: int, inner: int, width: int, dtype, *, of_rows: int, products: int = 1) -> str | None:
+    """Says in a sentence why the kernel cannot take products of [inner, width] matrices in blocks of `of_rows`."""
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"it needs float32 or bfloat16; got {dtype}."
     if 0 in (rows, groups, inner, width):
         return f"it needs at least one row, group and column; got {rows}, {groups} and matrices [{inner}, {width}]."
-    results = 2 * products - 1
-    if _columns(block_rows(rows, groups, dtype), inner, width, products, results, dtype) is None:
+    if _columns(of_rows, inner, width, products, 2 * products - 1, dtype) is None:
         return f"{LANES} columns of a matrix must fit into a TPU's VMEM with a block of rows; got {inner} rows."
     return None
 
@@ -58,7 +60,7 @@ def _activate(name: str | None, gate, up):
     return activate(name, gate, up)
 
 
-def _body(names: Sequence[str], activation: str | None, transposed: bool, group, count, *refs):
+def _body(names: Sequence[str], activation: str | None, group, count, *refs):
     del group
     block = pl.program_id(1)
 
@@ -70,8 +72,7 @@ def _body(names: Sequence[str], activation: str | None, transposed: bool, group,
         def product(name):
             if f"w_{name}" not in given:
                 return None
-            dims = (((1,), (1 if transposed else 0,)), ((), ()))
-            y = jax.lax.dot_general(rows, given[f"w_{name}"][...], dims, preferred_element_type=jnp.float32)
+            y = jnp.dot(rows, given[f"w_{name}"][...], preferred_element_type=jnp.float32)
             bias = given.get(f"b_{name}")
             return y if bias is None else y + bias[...].astype(jnp.float32)
 
@@ -82,21 +83,20 @@ def _body(names: Sequence[str], activation: str | None, transposed: bool, group,
                 given[name][...] = made[name].astype(given[name].dtype)
 
 
-def products(x, blocks: Blocks, gate, up, *, activation: str | None = None, keep=False, transposed=False) -> tuple:
+def products(x, blocks: Blocks, gate, up, *, activation: str | None = None, keep=False) -> tuple:
     """Returns y [n * size, width], and with `keep` the products with gate (if there is one) and up.
 
     Args:
       x: [n * size, inner], rows in their places.
       blocks: without any of rows of no group.
-      gate, up: pairs of matrices [e, inner, width] (turned around where `transposed`) and biases [e, width] or None;
+      gate, up: pairs of matrices [e, inner, width] and biases [e, width] or None;
         gate may be None.
       activation: of experts; None gives x @ up.
       keep: whether the products are results too.
-      transposed: see up.
 
     What no block has is not written.
     """
-    inner, width = x.shape[1], up[0].shape[1 if transposed else 2]
+    inner, width = x.shape[1], up[0].shape[2]
     pairs = {name: pair for name, pair in (("gate", gate), ("up", up)) if pair is not None}
     outputs = ["y", *(pairs if keep else ())]
     columns = _columns(blocks.size, inner, width, len(pairs), len(outputs), x.dtype)
@@ -105,15 +105,12 @@ def products(x, blocks: Blocks, gate, up, *, activation: str | None = None, keep
     def real(i, count):
         return jnp.minimum(i, jnp.maximum(count[0] - 1, 0))
 
-    shape, at = (None, inner, columns), lambda j, i, group, count: (group[i], 0, j)
-    if transposed:
-        shape, at = (None, columns, inner), lambda j, i, group, count: (group[i], j, 0)
     of_rows = pl.BlockSpec((blocks.size, inner), lambda j, i, group, count: (real(i, count), 0))
     names, arrays, specs = ["x"], [x], [of_rows]
     for name, (w, bias) in pairs.items():
         names.append(f"w_{name}")
         arrays.append(w)
-        specs.append(pl.BlockSpec(shape, at))
+        specs.append(pl.BlockSpec((None, inner, columns), lambda j, i, group, count: (group[i], 0, j)))
         if bias is not None:
             names.append(f"b_{name}")
             arrays.append(bias[:, None])
@@ -122,7 +119,7 @@ def products(x, blocks: Blocks, gate, up, *, activation: str | None = None, keep
     rows, size = x.shape[0], x.dtype.itemsize
     return tuple(
         pl.pallas_call(
-            functools.partial(_body, [*names, *outputs], activation, transposed),
+            functools.partial(_body, [*names, *outputs], activation),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(pl.cdiv(width, columns), blocks.group.size),
@@ -130,9 +127,7 @@ def products(x, blocks: Blocks, gate, up, *, activation: str | None = None, keep
                 out_specs=[made] * len(outputs),
             ),
             out_shape=[jax.ShapeDtypeStruct((rows, width), x.dtype)] * len(outputs),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
-            ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
             cost_estimate=pl.CostEstimate(
                 flops=2 * len(pairs) * rows * inner * width,
                 transcendentals=0 if activation is None else rows * width,

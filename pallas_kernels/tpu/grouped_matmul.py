@@ -13,20 +13,20 @@ def why_not(x, w, group_sizes) -> str | None:
     """Says in a sentence why the kernel cannot take a call."""
     if isinstance(w, tuple):
         return f"w must be one stacked array, [e, d, f]; got {len(w)} arrays."
-    return _grouped.refuses(x.shape[0], group_sizes.size, *w.shape[1:], 1, x.dtype)
+    rows = _rows(x, w)
+    return _grouped.refuses(x.shape[0], group_sizes.size, *w.shape[1:], x.dtype, of_rows=rows)
 
 
-def matmul(x, w, group_sizes, transposed: bool = False):
-    """Returns y [m, f]; matrices are [e, d, f], or [e, f, d] where `transposed`."""
-    rows = x.shape[0]
-    blocks = layout.make(group_sizes, rows, _grouped.block_rows(rows, w.shape[0], x.dtype))
-    (y,) = _grouped.products(x[blocks.rows], blocks, None, (w, None), transposed=transposed)
-    return jnp.where((jnp.arange(rows) < group_sizes.sum())[:, None], y[blocks.place], 0)
+def _rows(x, w) -> int:
+    return _grouped.block_rows(x.shape[0], w.shape[0], x.shape[1], x.dtype)
 
 
 def fwd(x, w, group_sizes):
     """See `portable.ops._grouped_matmul.reference.fwd`."""
-    return (matmul(x, w, group_sizes),)
+    rows = x.shape[0]
+    blocks = layout.make(group_sizes, rows, _rows(x, w))
+    (y,) = _grouped.products(x[blocks.rows], blocks, None, (w, None))
+    return (jnp.where((jnp.arange(rows) < group_sizes.sum())[:, None], y[blocks.place], 0),)
 
 
 IMPL = Impl(fwd=fwd, why_not=why_not, interpret=functools.partial(_grouped.interpreted, {"fwd": fwd}))

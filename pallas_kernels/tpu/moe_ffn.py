@@ -19,11 +19,19 @@ def why_not(*arrays, activation, capacity) -> str | None:
     del activation, capacity
     a = Arguments(*arrays)
     if isinstance(a.w_up, tuple):
-        return f"w_gate, w_up and w_down must be stacked arrays, [e, d, f] and [e, f, d]; got {len(a.w_up)} arrays each."
+        return (
+            f"w_gate, w_up and w_down must be stacked arrays, [e, d, f] and [e, f, d]; got {len(a.w_up)} arrays each."
+        )
     e, d, f = a.w_up.shape
     products = 1 if a.w_gate is None else 2
-    rows, dtype = a.indices.size, a.x.dtype
-    return _grouped.refuses(rows, e, d, f, products, dtype) or _grouped.refuses(rows, e, f, d, 1, dtype)
+    rows, dtype, of_rows = a.indices.size, a.x.dtype, _rows(a)
+    hidden = _grouped.refuses(rows, e, d, f, dtype, of_rows=of_rows, products=products)
+    return hidden or _grouped.refuses(rows, e, f, d, dtype, of_rows=of_rows)
+
+
+def _rows(a: Arguments) -> int:
+    e, *shape = a.w_up.shape
+    return _grouped.block_rows(a.indices.size, e, max(shape), a.x.dtype)
 
 
 def _run(keep: bool, *arrays, activation, capacity):
@@ -31,7 +39,7 @@ def _run(keep: bool, *arrays, activation, capacity):
     del capacity
     a = Arguments(*arrays)
     plan, rows = compose.make_plan(a), a.indices.size
-    blocks = layout.make(plan.group_sizes, rows, _grouped.block_rows(rows, len(a.w_up), a.x.dtype))
+    blocks = layout.make(plan.group_sizes, rows, _rows(a))
     gate = None if a.w_gate is None else (a.w_gate, a.b_gate)
     x = a.x[plan.token[blocks.rows]]
     h, *kept = _grouped.products(x, blocks, gate, (a.w_up, a.b_up), activation=activation, keep=keep)

@@ -1,7 +1,7 @@
-"""Blocks of rows, each of one group, for kernels: as many as could be needed, of which the device knows those there are.
+"""Blocks of rows, each of one group, for kernels: as many as there could be, and on the device those that there are.
 
-Rows are in the order of their groups. A kernel either reads a block's rows where they lie (`row`, `end`), or in an array
-in which every block has all of its `size` rows (`rows`, `place`), so that each group starts at a multiple of it.
+Rows are in the order of their groups. A kernel either reads a block's rows where they lie (`row`, `end`), or in an
+array in which every block has all of its `size` rows (`rows`, `place`), so that each group starts at a multiple of it.
 """
 
 from typing import Any, NamedTuple

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
 from portable.ops._grouped_matmul import xla_ragged
