@@ -6,7 +6,7 @@ zeros. Matrices are [E, D, F], biases [E, F]. Constants: BLOCKS as many as there
 and INNER of D at a time.
 """
 
-# pyright: reportOperatorIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 # The types of Triton's language are its compiler's, not Python's.
 
 import triton

@@ -7,6 +7,7 @@ steps behind the last block name its operands again, which moves nothing, and co
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +32,11 @@ def block_rows(rows: int, groups: int, inner: int, dtype) -> int:
     return max(least, wanted // least * least)
 
 
-def _columns(rows: int, inner: int, width: int, products: int, results: int, dtype) -> int | None:
+def _columns(rows: int, inner: int, width: int, products: int, dtype) -> int | None:
     """Returns the columns of a tile: of those that fit, the ones that pad and read again least."""
     size = jnp.dtype(dtype).itemsize
     room = OPERANDS // (2 * size) - rows * inner
-    fit = room // (products * inner + results * rows)
+    fit = room // (products * inner + (products + 1) * rows)  # results may be all that a step computes
     whole = [c for c in range(LANES, width, LANES) if c <= fit] + [width] * (width <= fit)
     return min(whole, key=lambda c: -(-width // c) * c * (1 + 64 / c), default=None)
 
@@ -46,7 +47,7 @@ def refuses(rows: int, groups: int, inner: int, width: int, dtype, *, of_rows: i
         return f"it needs float32 or bfloat16; got {dtype}."
     if 0 in (rows, groups, inner, width):
         return f"it needs at least one row, group and column; got {rows}, {groups} and matrices [{inner}, {width}]."
-    if _columns(of_rows, inner, width, products, 2 * products - 1, dtype) is None:
+    if _columns(of_rows, inner, width, products, dtype) is None:
         return f"{LANES} columns of a matrix must fit into a TPU's VMEM with a block of rows; got {inner} rows."
     return None
 
@@ -77,7 +78,7 @@ def _body(names: Sequence[str], activation: str | None, group, count, *refs):
             return y if bias is None else y + bias[...].astype(jnp.float32)
 
         gate, up = product("gate"), product("up")
-        made = {"y": _activate(activation, gate, up), "gate": gate, "up": up}
+        made: dict[str, Any] = {"y": _activate(activation, gate, up), "gate": gate, "up": up}
         for name in ("y", "gate", "up"):
             if name in given:
                 given[name][...] = made[name].astype(given[name].dtype)
@@ -89,8 +90,7 @@ def products(x, blocks: Blocks, gate, up, *, activation: str | None = None, keep
     Args:
       x: [n * size, inner], rows in their places.
       blocks: without any of rows of no group.
-      gate, up: pairs of matrices [e, inner, width] and biases [e, width] or None;
-        gate may be None.
+      gate, up: pairs of matrices [e, inner, width] and biases [e, width] or None; gate may be None.
       activation: of experts; None gives x @ up.
       keep: whether the products are results too.
 
@@ -99,7 +99,7 @@ def products(x, blocks: Blocks, gate, up, *, activation: str | None = None, keep
     inner, width = x.shape[1], up[0].shape[2]
     pairs = {name: pair for name, pair in (("gate", gate), ("up", up)) if pair is not None}
     outputs = ["y", *(pairs if keep else ())]
-    columns = _columns(blocks.size, inner, width, len(pairs), len(outputs), x.dtype)
+    columns = _columns(blocks.size, inner, width, len(pairs), x.dtype)
     assert columns is not None
 
     def real(i, count):
@@ -141,4 +141,5 @@ def products(x, blocks: Blocks, gate, up, *, activation: str | None = None, keep
 def interpreted(parts: dict, part: str, *args, **options) -> tuple:
     """Runs one of an implementation's parts in Pallas' interpreter of a TPU; memory that nothing wrote is NaN."""
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        return parts[part](*args, **options)
+        # One program: op by op, what surrounds a kernel would be compiled in as many.
+        return jax.jit(functools.partial(parts[part], **options))(*args)

@@ -13,8 +13,9 @@ def why_not(x, w, group_sizes) -> str | None:
     """Says in a sentence why the kernel cannot take a call."""
     if isinstance(w, tuple):
         return f"w must be one stacked array, [e, d, f]; got {len(w)} arrays."
-    rows = _rows(x, w)
-    return _grouped.refuses(x.shape[0], group_sizes.size, *w.shape[1:], x.dtype, of_rows=rows)
+    groups, inner, width = w.shape
+    del group_sizes
+    return _grouped.refuses(x.shape[0], groups, inner, width, x.dtype, of_rows=_rows(x, w))
 
 
 def _rows(x, w) -> int:

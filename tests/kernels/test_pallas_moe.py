@@ -173,5 +173,5 @@ def test_computes_little_more_than_the_rows_of_its_blocks_ask_for(name, dtype):
     assert rows == 32 // jnp.dtype(dtype).itemsize or 2 * rows <= t * k / e
     for products, inner, width in ((2, d, f), (1, f, d)):
         assert kernel.refuses(t * k, e, inner, width, dtype, of_rows=rows, products=products) is None
-        columns = kernel._columns(rows, inner, width, products, 2 * products - 1, dtype)
+        columns = kernel._columns(rows, inner, width, products, dtype)
         assert -(-width // columns) * columns <= 1.1 * width
