@@ -136,6 +136,13 @@ def test_gradients_of_every_op_have_a_roofline():
     assert sum(roofline.roofline(parity.TARGETS["cuda-sm90"], program.fn, *program.args).flops.values()) > 0
 
 
+@pytest.mark.parametrize("name", [None, "xla_small_tiles", "xla_large_tiles", "xla_ragged"])
+def test_roofline_of_products_of_groups_is_that_of_their_rows(name):
+    program = programs.op("grouped_matmul", "plain", gradients=True, implementation=name)
+    work = roofline.roofline(parity.TARGETS["cuda-sm90"], program.fn, *program.args)
+    assert work.flops == {"float32": 3 * 2 * 57 * 16 * 24}
+
+
 def test_a_while_loop_with_products_is_refused():
     def f(x):
         return jax.lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c @ c, x)

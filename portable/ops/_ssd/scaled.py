@@ -66,4 +66,4 @@ def scaled(impl: Impl) -> Impl:
             return flat(y), state
         return backward(lambda *args, **options: run(part, *args, **options), *args, **options)
 
-    return Impl(fwd, impl.bwd and bwd, why_not, impl.interpret and interpret)
+    return Impl(fwd=fwd, bwd=impl.bwd and bwd, why_not=why_not, interpret=impl.interpret and interpret)
