@@ -13,7 +13,7 @@ from flax import nnx
 from portable import checkpoint, nn
 from portable.checkpoint import WeightMap
 from portable.checks import CheckpointError, ConfigError
-from portable.models import mamba2, nat
+from portable.models import decoder, mamba2, nat
 
 
 class Family(NamedTuple):
@@ -23,7 +23,7 @@ class Family(NamedTuple):
       config: dataclass with `from_dict`, `to_dict(format)` and `formats`, the formats that can hold it.
       model: module built by `model(config, dtype=, param_dtype=, rngs=)`, which keeps `config`.
       weight_map: (format, config) -> the rules.
-      format_of: tensors' names -> the format they are in, where a file is read.
+      format_of: tensors' names -> the format they are in, where a file is read; raises on what is none.
     """
 
     config: Any
@@ -37,10 +37,20 @@ EMBEDDED = Path(__file__).parent.parent / "assets" / "default"
 # By the model_type of config.json.
 MODELS: dict[str, Family] = {
     "mamba2": Family(mamba2.Mamba2Config, mamba2.Mamba2LM, lambda format, config: mamba2.weight_map(format)),
-} | dict.fromkeys(
-    ("nat", "dinat"),
-    Family(nat.NATConfig, nat.NAT, lambda format, config: nat.weight_map(format, config.kind), nat.format_of),
-)
+    **dict.fromkeys(
+        ("nat", "dinat"),
+        Family(nat.NATConfig, nat.NAT, lambda format, config: nat.weight_map(format, config.kind), nat.format_of),
+    ),
+    **dict.fromkeys(
+        decoder.FAMILIES,
+        Family(
+            decoder.DecoderConfig,
+            decoder.Decoder,
+            lambda format, config: decoder.weight_map(config),
+            decoder.check_tensors,
+        ),
+    ),
+}
 
 
 def decoders() -> dict[str, Family]:

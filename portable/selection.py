@@ -45,21 +45,21 @@ class Impl:
       fwd: (*arrays, **options) -> tuple of arrays. Absent arguments are None.
       bwd: (residuals, cotangents, **options) -> tuple with a cotangent for each argument of `fwd` (None where there
         is none). None borrows the backward of the platform's XLA form, which may itself be left to JAX.
-      save: (*arrays, **options) -> (what `fwd` returns, what else the backward needs): the forward of a call that is
-        differentiated, where keeping more than the arguments is worth its memory. What is kept belongs to the op: all
-        XLA forms of one give the same, and `bwd` gets it behind the arguments, as the last residual. A kernel without
-        one borrows that of the platform's XLA form.
       why_not: (*arrays, **options) -> None, or the sentence that says why this call cannot be taken. Looks at shapes
         and dtypes only.
       interpret: of a kernel: (part, *args, **options) -> what `fwd` or `bwd`, whichever `part` names, would return, by
         an interpreter on the CPU: the kernel's own code, slow, and with every unwritten element NaN.
+      save: (*arrays, **options) -> (what `fwd` returns, what else the backward needs): the forward of a call that is
+        differentiated, where keeping more than the arguments is worth its memory. What is kept belongs to the op: all
+        XLA forms of one give the same, and `bwd` gets it behind the arguments, as the last residual. A kernel without
+        one borrows that of the platform's XLA form.
     """
 
     fwd: Callable
     bwd: Callable | None = None
-    save: Callable | None = None
     why_not: Callable[..., str | None] = _accepts_all
     interpret: Callable[..., tuple] | None = None
+    save: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)

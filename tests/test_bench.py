@@ -67,6 +67,15 @@ def test_times_a_model(capsys):
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / np.median(row["samples_s"]))
 
 
+def test_times_a_model_of_images(capsys):
+    found = bench(capsys, "dinat", "--quick", "--pixels", "16", "--batch", "2", "--samples", "1")
+    ((title, rows),) = found["results"].items()
+    assert "dinat-mini, random weights, its first 2 layers, 16 x 16 pixels" in title
+    assert [(row["task"], row["images"]) for row in rows] == [("forward", 2), ("forward and backward", 2)]
+    for row in rows:
+        assert row["images_per_s"] == pytest.approx(row["images"] / np.median(row["samples_s"]))
+
+
 def test_table_for_people(capsys):
     assert cli.main(["bench", "causal_conv1d", "--quick", "--samples", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -85,6 +94,9 @@ def test_table_for_people(capsys):
         (["ssd", "--samples", "0"], "--samples must be at least 1; got 0"),
         (["mamba2", "--size", "9b"], "no published size '9b'; there are: 130m, 370m"),
         (["ssd", "--size", "130m"], "--size belongs to a model"),
+        (["mamba2", "--pixels", "8"], "--pixels belongs to a model of images"),
+        (["nat", "--prompt", "8"], "--prompt belongs to a language model"),
+        (["nat", "--size", "large"], "no published size 'large'; there are: mini, tiny"),
         (["--case", "plain"], "--case belongs to one op"),
         (["mamba2", "--model", "no/such/folder"], "no/such/folder"),
     ],

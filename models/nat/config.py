@@ -258,6 +258,24 @@ class NATConfig:
         """The configuration of shi-labs/dinat-large-in22k-224."""
         return cls._published(192, 6, 8, mlp_ratio=2.0, drop_path_rate=0.2, num_labels=21841)
 
+    @classmethod
+    def digits_dinat(cls) -> Self:
+        """The configuration that `portable train digits --task image` makes for scikit-learn's 8 x 8 digits."""
+        return cls(
+            embed_dim=32,
+            depths=(2, 2),
+            num_heads=(2, 4),
+            kernel_size=3,
+            dilations=((1, 2), (1, 1)),
+            patch_size=1,
+            num_channels=1,
+            num_labels=10,
+            labels=tuple("0123456789"),
+            mlp_ratio=2.0,
+            drop_path_rate=0.1,
+            initializer_range=0.1,
+        )
+
 
 def _frozen(value: Any) -> Any:
     """Lists, which JSON has, as tuples."""

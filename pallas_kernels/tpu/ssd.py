@@ -406,7 +406,7 @@ def bwd(residuals, cotangents, *, chunk_size):
 def interpret(part: str, *args, **options) -> tuple:
     """Runs `fwd` or `bwd` in Pallas' interpreter of a TPU; memory that nothing wrote is NaN."""
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        return {"fwd": fwd, "bwd": bwd}[part](*args, **options)
+        return jax.jit(functools.partial({"fwd": fwd, "bwd": bwd}[part], **options))(*args)
 
 
 IMPL = scaled(Impl(fwd=fwd, bwd=bwd, why_not=why_not, interpret=interpret))

@@ -1,8 +1,10 @@
 """Puts the tensors of a checkpoint into a model, and takes them out again, by a weight map."""
 
+import functools
+import re
 import warnings
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -79,9 +81,9 @@ def load_params(
         array = _aligned(variables[path][1].shape, wanted)
         for tensor, block in parts[path]:
             name, view = names[tensor.name], tensor.view(array, block)
-            for row, rows in checkpoint.rows(name, block.start, block.stop):
-                view[row - block.start : row - block.start + len(rows)] = rows
-                if not np.isfinite(rows).all():
+            for place, part in _parts(checkpoint, name, tensor, block):
+                view[place] = part
+                if not np.isfinite(part).all():
                     not_finite.add(name)
         return jax.block_until_ready(jax.device_put(array))
 
@@ -102,18 +104,49 @@ def tensors_of(model: nnx.Module, weight_map: WeightMap) -> dict[str, Source]:
     """Returns the tensors of a model's checkpoint, each fetched from the device only when it is asked for."""
     params = _params(model)
 
+    @functools.lru_cache(maxsize=1)  # tensors of one stacked parameter follow each other: one transfer for all
+    def array(path: str) -> np.ndarray:
+        return np.asarray(params[path].get_value())
+
     def source(tensor: Tensor) -> Source:
         def fetch() -> np.ndarray:
-            views = [tensor.view(np.asarray(params[block.path].get_value()), block) for block in tensor.blocks]
-            return np.concatenate(views) if len(views) > 1 else views[0]
+            views = [tensor.view(array(block.path), block) for block in tensor.blocks]
+            if len(views) == 1:
+                return views[0]
+            joined = np.empty(tensor.shape, views[0].dtype)
+            for block, view in zip(tensor.blocks, views, strict=True):
+                joined[_at(block.axis, block.places(tensor.shape[block.axis]))] = view
+            return joined
 
         return Source(np.dtype(params[tensor.blocks[0].path].dtype), tensor.shape, fetch)
 
     return {tensor.name: source(tensor) for tensor in weight_map.tensors(shapes(model))}
 
 
+def _parts(checkpoint: Checkpoint, name: str, tensor: Tensor, block: Block) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields a parameter's part of a tensor as (where it lies in the parameter's view, values), in pieces."""
+    length = tensor.shape[block.axis] if tensor.shape else 1
+    if not block.axis and block.period == length:  # rows in one run: no other rows are read
+        for row, rows in checkpoint.rows(name, block.start, block.stop):
+            yield slice(row - block.start, row - block.start + len(rows)), rows
+        return
+    places = block.places(length)
+    for row, rows in checkpoint.rows(name, 0, tensor.shape[0]):
+        if block.axis:
+            yield slice(row, row + len(rows)), rows[_at(block.axis, places)]
+        else:
+            here = np.flatnonzero((places >= row) & (places < row + len(rows)))
+            yield here, rows[places[here] - row]
+
+
+def _at(axis: int, places: Any) -> tuple:
+    return (*[slice(None)] * axis, places)
+
+
 def _params(model: nnx.Module) -> dict[str, nnx.Variable]:
-    return {_dotted(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    """What a checkpoint holds: Params, and other variables that are not the state of a random generator."""
+    held = nnx.Not(nnx.RngState)
+    return {_dotted(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, held))}
 
 
 def _dotted(path: tuple) -> str:
@@ -156,6 +189,8 @@ def _match(
             mismatches.append(Mismatch("wrong dtype", name, f"one of {', '.join(_DTYPES)}", dtype))
     for name, entry in checkpoint.entries.items():
         if name in found:
+            continue
+        if weight_map.ignored and re.fullmatch(weight_map.ignored, name):
             continue
         original = spelled.get(weight_map.repeats.get(name, ""))
         if original is None:

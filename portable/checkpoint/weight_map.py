@@ -6,12 +6,13 @@ A rule names tensors and parameters by templates, in which `{i}` stands for one 
 
 Its layout is a function that *views* the array of a parameter in the tensor's layout. Saving reads that
 view, loading writes into it, so a rule needs no inverse that could disagree with it. A rule with several
-parameters is a fused tensor: their views, in that order, are its blocks of rows. A tensor's template with a
-part that its parameter lacks (`experts.{e}.w.weight` for `moe.w`) stands for several tensors, stacked along
-the parameter's first axis.
+parameters is a fused tensor: their views, in that order, are its blocks of rows, or take turns along another axis
+(`axis`, `turns`). A tensor's template with a part that its parameter lacks (`experts.{e}.w.weight` for `moe.w`) stands
+for several tensors, stacked along the parameter's first axis.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -27,8 +28,8 @@ def same(array: np.ndarray) -> np.ndarray:
 
 
 def transposed(array: np.ndarray) -> np.ndarray:
-    """[in, out], as Flax keeps the kernel of a linear layer; the tensor is torch's [out, in]."""
-    return array.T
+    """[..., in, out], as Flax keeps the kernel of a linear layer; the tensor is torch's [..., out, in]."""
+    return array.swapaxes(-1, -2)
 
 
 def depthwise(array: np.ndarray) -> np.ndarray:
@@ -57,24 +58,38 @@ class Rule:
 
     Attributes:
       tensor: template of the tensor's name, as it is written.
-      params: template of the parameter's path, or several for a tensor fused of blocks of rows.
+      params: template of the parameter's path, or several for a fused tensor.
       layout: views a parameter as its tensor; it must not copy.
       also: templates of other names under which the tensor is read.
+      axis: of the tensor, along which several parameters lie.
+      turns: entries that each parameter has in its turn, again and again: (1, 1) interleaves two. None: one turn.
     """
 
     tensor: str
     params: str | tuple[str, ...]
     layout: Layout = same
     also: tuple[str, ...] = ()
+    axis: int = 0
+    turns: tuple[int, ...] | None = None
 
 
 class Block(NamedTuple):
-    """Rows start:stop of a tensor are the parameter at `path`, or its slice `index` along the first axis."""
+    """Where in a tensor the parameter at `path` lies, or its slice `index` along the first axis.
+
+    Entry i along the tensor's `axis` belongs to it where start <= i % period < stop.
+    """
 
     path: str
     index: int | None
+    axis: int
+    period: int
     start: int
     stop: int
+
+    def places(self, length: int) -> np.ndarray:
+        """Returns the entries that belong to it, of `length` along the axis."""
+        places = np.arange(length)
+        return places[(places % self.period >= self.start) & (places % self.period < self.stop)]
 
 
 class Tensor(NamedTuple):
@@ -99,11 +114,13 @@ class WeightMap:
       rules: every parameter must be covered by exactly one.
       repeats: tensors that a file may hold as copies of another, by name: a tied head, say.
       prefix: start of the tensors' names that files of a model without its head leave out.
+      ignored: pattern of the names of tensors that files may hold and the model has no use for.
     """
 
     rules: tuple[Rule, ...]
     repeats: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefix: str = ""
+    ignored: str | None = None
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
         """Lists the tensors of a checkpoint of a model.
@@ -128,18 +145,22 @@ class WeightMap:
             stacked = [part for part in _parts(rule.tensor) if part not in parts]
             named = [path.format(**parts) for path in paths]
             for index in range(shapes[named[0]][0]) if stacked else (None,):
-                blocks, start = [], 0
-                for path in named:
-                    shape = _tensor_shape(rule.layout, shapes[path] if index is None else shapes[path][1:])
-                    blocks.append(Block(path, index, start, start + (shape[0] if shape else 1)))
-                    start = blocks[-1].stop
+                found = [_tensor_shape(rule.layout, shapes[p] if index is None else shapes[p][1:]) for p in named]
+                lengths = [shape[rule.axis] if shape else 1 for shape in found]
+                ends = list(itertools.accumulate(rule.turns or lengths))
+                starts = [0, *ends[:-1]]
                 full = parts | {part: str(index) for part in stacked}
+                shape = list(found[0])
+                shape[rule.axis : rule.axis + 1] = [sum(lengths)] if shape else []
                 yield Tensor(
                     name=rule.tensor.format(**full),
                     also=tuple(self._spellings(rule, full)),
-                    shape=(start, *shape[1:]) if shape else (),
+                    shape=tuple(shape),
                     layout=rule.layout,
-                    blocks=tuple(blocks),
+                    blocks=tuple(
+                        Block(path, index, rule.axis, ends[-1], *span)
+                        for path, *span in zip(named, starts, ends, strict=True)
+                    ),
                 )
 
     def _spellings(self, rule: Rule, parts: Mapping[str, str]) -> Iterator[str]:

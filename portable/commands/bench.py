@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   portable bench mamba2 --quick             # a few seconds: two layers, short inputs
   portable bench mamba2 --size 370m --dtype bfloat16 --batch 8
   portable bench mamba2 --model FOLDER --json
+  portable bench dinat --size tiny --batch 8 # forward and training of images of 224 x 224 pixels
   portable bench ssd --impl xla_lanes,xla_chunks --estimate tpu-v6e   # by the compiler of a device that is not here
 """
 
@@ -40,9 +41,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", help="of a model: a published size; the smallest unless given")
     parser.add_argument("--model", metavar="FOLDER", help="of a model: weights from a folder or the hub")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a model: float32 on CPU, else bfloat16")
-    parser.add_argument("--batch", type=int, metavar="N", help="of a model: sequences at once; 1 unless given")
-    parser.add_argument("--prompt", type=int, metavar="N", help="of a model: tokens to read; 512 unless given")
-    parser.add_argument("--tokens", type=int, metavar="N", help="of a model: tokens to write; 64 unless given")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="of a model: sequences or images at once; 1 unless given"
+    )
+    parser.add_argument("--prompt", type=int, metavar="N", help="of a language model: tokens to read; 512 unless given")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of a language model: tokens to write; 64 unless given")
+    parser.add_argument("--pixels", type=int, metavar="N", help="of a model of images: their side; 224 unless given")
     parser.add_argument("--json", action="store_true", help="print JSON, every sample included")
 
 
@@ -50,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     """Times what was asked for and prints a table each."""
     from portable import models
 
-    known = models.decoders()
-    for name in ("samples", "batch", "prompt", "tokens"):
+    known = models.MODELS
+    for name in ("samples", "batch", "prompt", "tokens", "pixels"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise PortableError(f"bench: --{name} must be at least 1; got {getattr(args, name)}.")
     what = args.what or list(selection.ops())
@@ -74,13 +78,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_applies(args: argparse.Namespace, models: list[str], ops: list[str]) -> None:
-    of_models = [
-        name for name in ("size", "model", "dtype", "batch", "prompt", "tokens") if getattr(args, name) is not None
-    ]
+def _check_applies(args: argparse.Namespace, named: list[str], ops: list[str]) -> None:
+    from portable import models
+
+    reading = [name for name in named if name in models.decoders()]
+    for option, kind, example, some in (
+        *((name, "a model", "mamba2", named) for name in ("size", "model", "dtype", "batch")),
+        *((name, "a language model", "mamba2", reading) for name in ("prompt", "tokens")),
+        ("pixels", "a model of images", "dinat", [name for name in named if name not in reading]),
+    ):
+        if getattr(args, option) is not None and not some:
+            raise PortableError(f"bench: --{option} belongs to {kind}; name one: portable bench {example}.")
     of_ops = [name for name in ("case", "implementation") if getattr(args, name)]
-    if of_models and not models:
-        raise PortableError(f"bench: --{of_models[0]} belongs to a model; name one: portable bench mamba2.")
     if of_ops and len(ops) != 1:
         raise PortableError(f"bench: --{of_ops[0]} belongs to one op; name it: portable bench ssd --{of_ops[0]} NAME.")
 
@@ -125,15 +134,21 @@ def _model(name: str, args: argparse.Namespace) -> tuple[str, list[dict], dict[s
 
     dtype = args.dtype or ("float32" if timing.platform() == "cpu" else "bfloat16")
     label, model = models.build(name, args.size, args.model, dtype, quick=args.quick)
-    prompt, tokens = args.prompt or (64 if args.quick else 512), args.tokens or (8 if args.quick else 64)
     samples, batch = args.samples or (2 if args.quick else 5), args.batch or 1
-    rows = list(models.records(model, batch=batch, prompt=prompt, tokens=tokens, samples=samples))
+    if hasattr(model, "prefill"):
+        unit = "token"
+        prompt, tokens = args.prompt or (64 if args.quick else 512), args.tokens or (8 if args.quick else 64)
+        rows = list(models.records(model, batch=batch, prompt=prompt, tokens=tokens, samples=samples))
+    else:
+        unit, pixels = "image", args.pixels or (64 if args.quick else 224)
+        label += f", {pixels} x {pixels} pixels"
+        rows = list(models.image_records(model, batch=batch, pixels=pixels, samples=samples))
     columns = {
         "task": "task",
-        "tokens": "tokens",
+        f"{unit}s": f"{unit}s",
         "ms": "ms",
-        "ms_per_token": "ms a token",
-        "tokens_per_s": "tokens/s",
+        f"ms_per_{unit}": f"ms {'a' if unit == 'token' else 'an'} {unit}",
+        f"{unit}s_per_s": f"{unit}s/s",
         "temporary_mib": "temporary MiB",
         "compile_s": "compile s",
     }

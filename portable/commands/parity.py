@@ -28,7 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", default=[], metavar="NAME", help="only this op (repeatable)")
     parser.add_argument("--model", action="append", default=[], metavar="NAME", help="only this model (repeatable)")
     parser.add_argument("--target", action="append", default=[], metavar="NAME", help="only this device (repeatable)")
-    parser.add_argument("--quick", action="store_true", help="leave out the sizes of published models and training")
+    parser.add_argument(
+        "--quick", action="store_true", help="leave out published sizes, values alone, most work of models"
+    )
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="compilers at a time; 2 unless given")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="results; those found there before are kept")
     parser.add_argument("--html", type=pathlib.Path, metavar="FILE", help="write a page with filters and details")

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   portable train book.txt --init MODEL_FOLDER --out runs/tuned --learning-rate 3e-4
   portable train corpus --tokenizer tokenizer.json --out runs/bpe --dtype bfloat16 --accumulate 4 --remat full
   portable train notes.txt --out runs/notes                     # the same command continues a run
+  portable train notes.txt --model qwen3_moe --out runs/moe     # attention and experts; or llama, or a config.json
   portable train digits --task image --out runs/digits          # scikit-learn's digits, a tiny DiNAT
   portable train photos --task image --size 64 --flip --out runs/photos    # photos/cat/1.jpg, photos/dog/2.png, ...
 
@@ -30,12 +31,13 @@ are folders train/ and val/ or test/, and quality is given as accuracy; the pict
 _SIZES = (
     ("--hidden-size", 192, "width"),
     ("--layers", 4, "blocks"),
-    ("--state-size", 64, "of each head"),
+    ("--state-size", 64, "of each head of mamba2"),
     ("--head-dim", 64, "channels a head"),
 )
+_MODELS = ("mamba2", "llama", "qwen3_moe")
 
 # What only text has, and only images: given to the other task, they are refused.
-_TEXT_ONLY = ("include", "exclude", "tokenizer", "length", "eval_bytes", "remat")
+_TEXT_ONLY = ("include", "exclude", "tokenizer", "length", "eval_bytes", "remat", "model")
 _TEXT_ONLY += tuple(name[2:].replace("-", "_") for name, _, _ in _SIZES)
 
 _HELP = {
@@ -83,6 +85,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _train_images.configure(parser)
     model = parser.add_argument_group("model (default: a new byte-level Mamba-2 of about a million parameters)")
     model.add_argument("--init", metavar="FOLDER", help="start from this model (a folder or a name on the hub)")
+    model.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"a new model of this kind: {', '.join(_MODELS)} (default mamba2), or the config.json of any",
+    )
     for name, default, line in _SIZES:
         model.add_argument(name, type=int, metavar="N", help=f"{line} (default {default})")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
@@ -166,40 +173,94 @@ def _model(args: argparse.Namespace, tokenizer, seed: int):
     from flax import nnx
 
     from portable import models
-    from portable.models.mamba2 import Mamba2Config, Mamba2LM
 
     given = {name: getattr(args, name[2:].replace("-", "_")) for name, _, _ in _SIZES}
+    sized = [name for name, value in given.items() if value is not None]
+    loaded = None
     if args.init:
-        if sizes := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(f"--init brings its own sizes, got {', '.join(sizes)} too: leave them out.")
+        if others := sized + ["--model"] * (args.model is not None):
+            raise ConfigError(f"--init brings its own sizes, got {', '.join(others)} too: leave them out.")
         loaded = models.load(args.init, dtype=jnp.float32)
-        if not isinstance(loaded, Mamba2LM):
-            raise ConfigError(f"--init {args.init} is {type(loaded).__name__}, a model of images: give --task image.")
         config, make = loaded.config, type(loaded)
-        if config.vocab_size < tokenizer.vocab_size:
-            raise ConfigError(
-                f"--init {args.init} knows {config.vocab_size} tokens, but {tokenizer.name} has "
-                f"{tokenizer.vocab_size}: give the model's own --tokenizer."
-            )
+        if make not in {family.model for family in models.decoders().values()}:
+            raise ConfigError(f"--init {args.init} is {make.__name__}, a model of images: give --task image.")
+        _check_vocabulary(f"--init {args.init}", config, tokenizer)
+    elif args.model is not None and args.model not in _MODELS:
+        if sized:
+            raise ConfigError(f"a config.json brings its own sizes, got {', '.join(sized)} too: leave them out.")
+        config, make = _read_config(args.model, tokenizer)
     else:
-        loaded, make = None, Mamba2LM
-        width, layers, state_size, head_dim = (
-            default if given[name] is None else given[name] for name, default, _ in _SIZES
-        )
-        config = Mamba2Config(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_heads=2 * width // max(1, head_dim),  # the configuration refuses a head_dim of 0
-            head_dim=head_dim,
-            state_size=state_size,
-            initializer_range=0.02,
-            rescale_prenorm_residual=True,
-            bos_token_id=tokenizer.separator,
-            eos_token_id=tokenizer.separator,
-            pad_token_id=tokenizer.separator,
-        )
+        config = _new(args.model or "mamba2", given, tokenizer)
+        make = models.MODELS[args.model or "mamba2"].model
     model = make(config, dtype=jnp.dtype(args.dtype), remat=args.remat or "none", rngs=nnx.Rngs(seed))
     if loaded is not None:
         nnx.update(model, nnx.state(loaded))
     return model
+
+
+def _check_vocabulary(what: str, config, tokenizer) -> None:
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"{what} knows {config.vocab_size} tokens, but {tokenizer.name} has {tokenizer.vocab_size}: give the "
+            "model's own --tokenizer."
+        )
+
+
+def _special(tokenizer) -> dict:
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.separator)
+
+
+def _read_config(name: str, tokenizer):
+    """Returns the configuration in a file, with the tokenizer's special tokens, and its model's class."""
+    from portable import checkpoint, models
+
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"--model must be one of {', '.join(_MODELS)} or a config.json; there is no file {name}.")
+    contents = checkpoint.read_json(file)
+    family = models.decoders().get(contents.get("model_type", ""))
+    if family is None:
+        raise ConfigError(
+            f"{file}: model_type must be one of {', '.join(models.decoders())}; got {contents.get('model_type')!r}."
+        )
+    try:
+        config = dataclasses.replace(family.config.from_dict(contents), **_special(tokenizer))
+    except ConfigError as fault:
+        raise ConfigError(f"{file}: {fault}") from fault
+    _check_vocabulary(str(file), config, tokenizer)
+    return config, family.model
+
+
+def _new(kind: str, given: dict, tokenizer):
+    """Returns the configuration of a small new model."""
+    from portable.models.decoder import DecoderConfig
+    from portable.models.mamba2 import Mamba2Config
+
+    width, layers, state_size, head_dim = (default if given[n] is None else given[n] for n, default, _ in _SIZES)
+    common = {
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "head_dim": head_dim,
+        "initializer_range": 0.02,
+        **_special(tokenizer),
+    }
+    if kind == "mamba2":  # which refuses a head_dim of 0 itself
+        heads = 2 * width // max(1, head_dim)
+        return Mamba2Config(**common, num_heads=heads, state_size=state_size, rescale_prenorm_residual=True)
+    if given["--state-size"] is not None:
+        raise ConfigError(f"--model {kind} has no use for --state-size: leave it out.")
+    common |= {"family": kind, "num_attention_heads": max(1, width // max(1, head_dim)), "tie_word_embeddings": True}
+    inside = -(-8 * width // 3 // 64) * 64  # three matrices of this width have as many weights as two of 4 d
+    if kind == "llama":
+        return DecoderConfig(**common, intermediate_size=inside)
+    return DecoderConfig(
+        **common,
+        qk_norm=True,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=-(-inside // 2 // 32) * 32,
+        intermediate_size=inside,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+    )

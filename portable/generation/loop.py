@@ -47,8 +47,9 @@ def generate(
 ) -> Generation:
     """Continues prompts token by token, on the device from the first token to the last.
 
-    Programs are compiled once for each model, batch size and (for the prompt) length bucket. No value of an
-    option compiles anything anew; turning `top_k`, `top_p`, `min_p` or `repetition_penalty` on does, once.
+    Programs are compiled once for each model, batch size and (for the prompt, and for a model with a cache of
+    positions) length bucket. No value of an option compiles anything anew; turning `top_k`, `top_p`, `min_p` or
+    `repetition_penalty` on does, once.
     The weights are read from the model at each call, so training or replacing them between calls is honoured.
 
     Each row comes out as it would alone, whatever the other rows and their lengths (up to the rounding of
@@ -132,7 +133,9 @@ def _run(
     def uniform(begin: int) -> Any:
         return nothing if keys is None else draw(keys, np.int32(begin), b)
 
-    logits, state = programs.prefill(leaves, tokens, lengths)
+    # A cache is as long as prompt and answer, in the buckets of prompts: of each the programs are compiled once.
+    room = given.bucket(int(lengths.max()) + n - 1) if getattr(model, "needs_length", False) else 0
+    logits, state = programs.prefill(leaves, tokens, lengths, room)
     prompt = None if rules.options.repetition_penalty is None else (tokens, lengths)
     written, seen = first(logits, uniform(0), prompt, rules)
     bound, size = 1, _FIRST_STREAMED_BLOCK

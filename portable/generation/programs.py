@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 
 from portable.generation.sampling import Options, choose, penalized
-from portable.nn import Stack, unstack
+from portable.nn import Stack, fresh_state, unstack
 
 # Tokens that one call of the compiled loop can write, whatever max_new_tokens is.
 CAPACITY = 1024
@@ -30,6 +30,8 @@ class Decoder(Protocol):
     """What `generate` needs of a model besides being an `nnx.Module`; a state is any pytree of arrays.
 
     `config.vocab_size` bounds the token ids of prompts and of what is chosen. Rows must not influence each other.
+    A model with a cache of positions has `needs_length = True` and `init_state(batch_size, length)`: see
+    `portable.nn.fresh_state`.
     """
 
     config: Any
@@ -166,9 +168,9 @@ class Programs:
         if self._stacked:
             treedef = jax.tree.structure(unstack(model))
 
-        def prefill(leaves: list[jax.Array], tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Any]:
+        def prefill(leaves: list[jax.Array], tokens: jax.Array, lengths: jax.Array, room: int) -> tuple[jax.Array, Any]:
             model = jax.tree.unflatten(treedef, leaves)
-            logits, state = model.prefill(tokens, lengths, model.init_state(tokens.shape[0]))
+            logits, state = model.prefill(tokens, lengths, fresh_state(model, tokens.shape[0], room))
             return logits[:, : model.config.vocab_size], state
 
         def decode(
@@ -198,7 +200,7 @@ class Programs:
             stop, held, rows, block = lax.while_loop(go_on, one_token, (span.begin, held, rows, block))
             return Written(block, span.start, stop, rows), held  # pyright: ignore[reportArgumentType]
 
-        self.prefill = jax.jit(prefill)
+        self.prefill = jax.jit(prefill, static_argnums=3)
         self.decode = jax.jit(decode, donate_argnums=1)
 
     def weights(self, model: nnx.Module, leaves: list[jax.Array]) -> list[jax.Array]:

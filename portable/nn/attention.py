@@ -7,43 +7,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from portable import ops
-from portable.checks import check_values
+from portable.nn.cache import extend
 from portable.nn.heads import KERNEL_INIT, Heads
 from portable.nn.norm import RMSNorm
 from portable.nn.padding import right_padded
-
-
-def rotary(
-    x: Float[Array, "b t h e"], positions: Int[Array, "b t"] | Int[Array, " t"], *, theta: float = 10000.0, dims=None
-) -> Float[Array, "b t h e"]:
-    """Rotates pairs of channels by angles that grow with the position (RoPE, Su et al., arXiv:2104.09864).
-
-    Channel i is paired with i + dims / 2, as in the checkpoints of Llama and its successors, and turned by
-    position * theta ** (-2 i / dims).
-
-    Args:
-      x: [b, t, h, e].
-      positions: [b, t] or [t].
-      theta: base of the frequencies.
-      dims: channels that are rotated, the first ones; None for all.
-
-    Returns:
-      [b, t, h, e] in the dtype of x; angles are float32.
-
-    Raises:
-      ValueError: dims is odd or exceeds e.
-    """
-    dims = x.shape[-1] if dims is None else dims
-    if dims % 2 or not 0 < dims <= x.shape[-1]:
-        raise ValueError(f"rotary: dims must be even and at most the head's {x.shape[-1]} channels; got {dims}.")
-    wide = jnp.promote_types(jnp.float32, x.dtype)
-    frequencies = theta ** (-jnp.arange(0, dims, 2, dtype=wide) / dims)
-    angles = positions[..., None, None].astype(wide) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    low, high, rest = jnp.split(x, [dims // 2, dims], axis=-1)
-    low, high = low.astype(wide), high.astype(wide)
-    turned = [low * cos - high * sin, high * cos + low * sin]
-    return jnp.concatenate([*(z.astype(x.dtype) for z in turned), rest], axis=-1)
+from portable.nn.rotary import Rotary, rotary
 
 
 class AttentionState(NamedTuple):
@@ -66,7 +34,7 @@ class Attention(Heads):
 
     Attributes:
       query, key, value: Linear from d to heads * head_dim. out: Linear back to d.
-      query_norm, key_norm: RMSNorm over a head's channels, or None.
+      query_norm, key_norm: RMSNorm over the channels of a head or of all heads, or None.
       sinks: Param [h], or None.
     """
 
@@ -79,10 +47,10 @@ class Attention(Heads):
         head_dim: int | None = None,
         is_causal: bool = True,
         window: int | None = None,
-        rope_theta: float | None = 10000.0,
-        rope_dims: int | None = None,
-        qk_norm: bool = False,
+        rope: Rotary | None = Rotary(),
+        qk_norm: bool | str = False,
         qk_norm_eps: float = 1e-6,
+        qkv_clip: float | None = None,
         soft_cap: float | None = None,
         sinks: bool = False,
         scale: float | None = None,
@@ -100,10 +68,11 @@ class Attention(Heads):
         head_dim: channels a head; None takes d / num_heads.
         is_causal: whether a position sees none behind it.
         window: a position sees the last `window` ones, its own among them (and as many behind it, if not causal).
-        rope_theta: base of the rotary frequencies (`rotary`); None for no positions.
-        rope_dims: channels that are rotated; None for all.
-        qk_norm: RMSNorm of queries and keys, head by head, before the rotation (Qwen 3, Gemma 3).
+        rope: rotary positions; None for none.
+        qk_norm: RMSNorm of queries and keys before the rotation, head by head (Qwen 3, Gemma 3); "all" for one over
+          the channels of all heads (OLMoE).
         qk_norm_eps: of these norms.
+        qkv_clip: queries, keys and values are clipped to +- this, after the norms (OLMoE).
         soft_cap, scale: of `portable.ops.attention`.
         sinks: a learned logit for each head beside the scores (gpt-oss).
         use_qkv_bias, use_out_bias: biases on the projections.
@@ -113,8 +82,10 @@ class Attention(Heads):
         rngs: source of the initial Params.
 
         Raises:
-          ValueError: the heads do not divide the width or each other, or window is not positive.
+          ValueError: the heads do not divide the width or each other, window is not positive, or qk_norm is unknown.
         """
+        if qk_norm not in (False, True, "all"):
+            raise ValueError(f'Attention: qk_norm must be False, True or "all"; got {qk_norm!r}.')
         if window is not None and window < 1:
             raise ValueError(f"Attention: window must be at least 1; got {window}. None is no window.")
         super().__init__(
@@ -130,11 +101,13 @@ class Attention(Heads):
             rngs=rngs,
         )
         self.is_causal, self.window, self.soft_cap, self.scale = is_causal, window, soft_cap, scale
-        self.rope_theta, self.rope_dims = rope_theta, rope_dims
+        self.rope, self.qkv_clip = rope, qkv_clip
         self.query_norm = self.key_norm = self.sinks = nnx.data(None)
         if qk_norm:
-            norms = [RMSNorm(self.head_dim, eps=qk_norm_eps, axis=None, param_dtype=param_dtype) for _ in range(2)]
-            self.query_norm, self.key_norm = norms
+            heads, axis = ((self.num_heads, self.num_kv_heads), "heads") if qk_norm == "all" else ((1, 1), None)
+            self.query_norm, self.key_norm = (
+                RMSNorm(n * self.head_dim, eps=qk_norm_eps, axis=axis, param_dtype=param_dtype) for n in heads
+            )
         if sinks:
             self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), axes=("heads",))
 
@@ -178,11 +151,11 @@ class Attention(Heads):
         real = None if lengths is None else jnp.arange(t) < lengths[:, None]
         positions = jnp.arange(t, dtype=jnp.int32)
         if state is None:
-            q, k, v = self._project(u, positions)
+            q, k, v = self._project(u, positions, jnp.full(u.shape[:1], t) if lengths is None else lengths)
             y = self._attend(q, k, v, key_mask=real, segment_ids=segment_ids)
         else:
             positions = state.length[:, None] + positions
-            q, k, v = self._project(u, positions)
+            q, k, v = self._project(u, positions, state.length + (t if lengths is None else lengths))
             y, state = self._extend(q, k, v, positions, real, segment_ids, state)
         y = self.out(y.reshape(*u.shape[:2], -1))
         if inverse is not None:
@@ -203,51 +176,26 @@ class Attention(Heads):
 
     def _extend(self, q, k, v, positions, real, segment_ids, state: AttentionState):
         """Attends from new positions to the state and to themselves; returns (y, the state with them)."""
-        b, t, held = *positions.shape, state.k.shape[1]
-        count = jnp.full((b,), t, jnp.int32) if real is None else jnp.sum(real, axis=1, dtype=jnp.int32)
-        after = state.length + count
-        if self.window is None:
-            check_values(
-                lambda n: n <= held,
-                f"Attention: the state holds {held} positions, and more came; give init_state a larger length.",
-                after,
-            )
-        segments: Any = None
-        if segment_ids is not None and t:
-            segments = (segment_ids, jnp.broadcast_to(segment_ids[:, :1], (b, held)))
-        new = jnp.where(real, positions, -1) if real is not None else positions
-        # A position that a later one of the same call overwrites is not written at all.
-        kept = (new >= 0) & (new >= after[:, None] - held)
-        slots = jnp.where(kept, new % max(1, held), held + jnp.arange(t))
-        rows = jnp.arange(b)[:, None]
-
-        def write(cache, values):
-            return cache.at[rows, slots].set(values.astype(cache.dtype), mode="drop", unique_indices=True)
-
-        placed = new
-        if segment_ids is not None and segments is not None:
-            last = jnp.take_along_axis(segment_ids, jnp.maximum(count - 1, 0)[:, None], axis=1)
-            placed = jnp.where(segment_ids == last, new, -1)
-            earlier = jnp.where((segments[1] == last) | (count == 0)[:, None], state.positions, -1)
-        else:
-            earlier = state.positions
-        written = AttentionState(write(state.k, k), write(state.v, v), write(earlier, placed), after)
-        if self.window is None and segments is None:  # nothing is overwritten: the new state has every key
-            seen = (written.k, written.v, written.positions)
-        else:
-            seen = (jnp.concatenate(z, axis=1) for z in [(state.k, k), (state.v, v), (state.positions, new)])
-            segments = None if segments is None else (segments[0], jnp.concatenate(segments[::-1], axis=1))
-        k, v, kv_positions = seen
+        (held_k, held_v), held_positions, length, seen = extend(
+            "Attention",
+            (state.k, state.v),
+            state.positions,
+            state.length,
+            (k, v),
+            positions,
+            real=real,
+            segment_ids=segment_ids,
+            is_ring=self.window is not None,
+        )
         y = self._attend(
             q,
-            k,
-            v,
-            key_mask=kv_positions >= 0,
-            segment_ids=segments,
+            *seen.arrays,
+            key_mask=seen.positions >= 0,
+            segment_ids=seen.segments,
             q_positions=positions,
-            kv_positions=kv_positions,
+            kv_positions=seen.positions,
         )
-        return y, written
+        return y, AttentionState(held_k, held_v, held_positions, length)
 
     def _attend(self, q, k, v, **options) -> Any:
         return ops.attention(
@@ -262,12 +210,17 @@ class Attention(Heads):
             **options,
         )
 
-    def _project(self, u, positions):
+    def _project(self, u, positions, lengths):
         q, k, v = self._split(u)
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if self.rope_theta is not None:
-            q, k = (rotary(z, positions, theta=self.rope_theta, dims=self.rope_dims) for z in (q, k))
+            q, k = (
+                norm(z.reshape(*z.shape[:2], -1, norm.scale.shape[0])).reshape(z.shape)
+                for norm, z in ((self.query_norm, q), (self.key_norm, k))
+            )
+        if self.qkv_clip is not None:
+            q, k, v = (jnp.clip(z, -self.qkv_clip, self.qkv_clip) for z in (q, k, v))
+        if self.rope is not None:
+            q, k = (rotary(z, positions, self.rope, lengths=lengths) for z in (q, k))
         return q, k, v
 
     def _check(self, u, rank: int) -> None:

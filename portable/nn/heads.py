@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from portable.nn.linear import dot_general
+from portable.nn.linear import linear
 
 KERNEL_INIT = nnx.initializers.lecun_normal()
 
@@ -55,25 +55,12 @@ class Heads(nnx.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim or d // num_heads
         self.dtype = dtype
 
-        def linear(i: int, o: int, axes: tuple[str, str], bias: bool) -> nnx.Linear:
-            return nnx.Linear(
-                i,
-                o,
-                use_bias=bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                dot_general=dot_general,
-                kernel_metadata={"axes": axes},
-                bias_metadata={"axes": axes[1:]},
-                rngs=rngs,
-            )
-
+        options = {"kernel_init": kernel_init, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         inner, kv_inner = num_heads * self.head_dim, kv_heads * self.head_dim
-        self.query = linear(d, inner, ("embed", "heads"), use_qkv_bias)
-        self.key = linear(d, kv_inner, ("embed", "heads"), use_qkv_bias)
-        self.value = linear(d, kv_inner, ("embed", "heads"), use_qkv_bias)
-        self.out = linear(inner, d, ("heads", "embed"), use_out_bias)
+        self.query = linear(d, inner, ("embed", "heads"), use_bias=use_qkv_bias, **options)
+        self.key = linear(d, kv_inner, ("embed", "heads"), use_bias=use_qkv_bias, **options)
+        self.value = linear(d, kv_inner, ("embed", "heads"), use_bias=use_qkv_bias, **options)
+        self.out = linear(inner, d, ("heads", "embed"), use_bias=use_out_bias, **options)
 
     def _split(self, u: Float[Array, "*positions d"]) -> list[jnp.ndarray]:
         """Returns q, k and v [*positions, heads, head_dim]."""

@@ -1,6 +1,7 @@
 """What lets `flax.nnx.Linear` run on `portable.ops.linear`."""
 
 import jax
+from flax import nnx
 from jaxtyping import Array, Float
 
 from portable import ops
@@ -29,3 +30,21 @@ def dot_general(
         return ops.linear(x, kernel, out_dtype=preferred_element_type)
     options = {"preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
     return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision, **options)
+
+
+def linear(
+    i: int, o: int, axes: tuple[str | None, str | None], *, use_bias: bool, dtype, param_dtype, rngs, **options
+) -> nnx.Linear:
+    """Returns an `nnx.Linear` from i to o channels on `portable.ops.linear`, whose Params name their logical axes."""
+    return nnx.Linear(
+        i,
+        o,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        dot_general=dot_general,
+        kernel_metadata={"axes": axes},
+        bias_metadata={"axes": axes[1:]},
+        rngs=rngs,
+        **options,
+    )

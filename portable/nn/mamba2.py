@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from portable import ops
 from portable.nn.conv import CausalConv1d
-from portable.nn.linear import dot_general
+from portable.nn.linear import linear
 from portable.nn.norm import ACTIVATIONS, RMSNorm
 from portable.nn.padding import right_padded
 
@@ -99,20 +99,6 @@ class Mamba2(nnx.Module):
         )
         self.dtype, self.state_dtype = dtype, state_dtype
 
-        def linear(i, o, axes, **options):
-            return nnx.Linear(
-                i,
-                o,
-                use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                dot_general=dot_general,
-                kernel_metadata={"axes": axes},
-                bias_metadata={"axes": axes[1:]},
-                rngs=rngs,
-                **options,
-            )
-
         def conv(channels, axis):
             return CausalConv1d(
                 channels,
@@ -124,13 +110,13 @@ class Mamba2(nnx.Module):
                 rngs=rngs,
             )
 
-        self.in_z = linear(d, inner, ("embed", "inner"))
-        self.in_x = linear(d, inner, ("embed", "inner"))
-        self.in_B = linear(d, groups, ("embed", "groups"))
-        self.in_C = linear(d, groups, ("embed", "groups"))
-        self.in_dt = linear(
-            d, num_heads, ("embed", "heads"), preferred_element_type=jnp.promote_types(jnp.float32, dtype)
-        )
+        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.in_z = linear(d, inner, ("embed", "inner"), **options)
+        self.in_x = linear(d, inner, ("embed", "inner"), **options)
+        self.in_B = linear(d, groups, ("embed", "groups"), **options)
+        self.in_C = linear(d, groups, ("embed", "groups"), **options)
+        wide = jnp.promote_types(jnp.float32, dtype)
+        self.in_dt = linear(d, num_heads, ("embed", "heads"), preferred_element_type=wide, **options)
         self.conv_x, self.conv_B, self.conv_C = conv(inner, "inner"), conv(groups, "groups"), conv(groups, "groups")
 
         low, high = dt_range
@@ -152,7 +138,7 @@ class Mamba2(nnx.Module):
                 axis="inner",
                 param_dtype=param_dtype,
             )
-        self.out = linear(inner, d, ("inner", "embed"))
+        self.out = linear(inner, d, ("inner", "embed"), **options)
 
     def __call__(
         self,

@@ -104,13 +104,26 @@ class NeighborhoodAttention(Heads):
             self.rel_pos_bias = nnx.Param(jnp.zeros((num_heads, *offsets), param_dtype), axes=("heads", *[None] * rank))
 
     def __call__(
-        self, u: Float[Array, "b *space d"], *, key_mask: Bool[Array, " b *space"] | None = None
+        self,
+        u: Float[Array, "b *space d"],
+        *,
+        key_mask: Bool[Array, " b *space"] | None = None,
+        in_groups: bool = False,
     ) -> Float[Array, "b *space d"]:
         """Attends.
+
+        Layers of one dilation in a row gather its groups once, not each of them anew:
+
+            u = ops.space_to_batch(u, layers[0].dilation)
+            for layer in layers:
+                u = u + layer(u, in_groups=True)
+            u = ops.batch_to_space(u, layers[0].dilation)
 
         Args:
           u: [b, *space, d].
           key_mask: [b, *space], False at positions that nobody sees.
+          in_groups: whether u and key_mask come from `ops.space_to_batch` with the layer's dilation; so does the
+            result then.
 
         Returns:
           [b, *space, d] in the layer's dtype.
@@ -125,7 +138,7 @@ class NeighborhoodAttention(Heads):
             v,
             window=self.window,
             stride=self.stride,
-            dilation=self.dilation,
+            dilation=1 if in_groups else self.dilation,
             is_causal=self.is_causal,
             rel_pos_bias=None if self.rel_pos_bias is None else jnp.asarray(self.rel_pos_bias[...]),
             key_mask=key_mask,

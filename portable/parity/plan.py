@@ -17,9 +17,18 @@ MODELS = (
     ("mamba2", "mamba2_130m", "float32"),
     ("mamba2", "mamba2_130m", "bfloat16"),
     ("mamba2", "mamba2_2_7b", "bfloat16"),
+    ("nat", "nat_mini", "float32"),
+    ("dinat", "dinat_mini", "float32"),
+    ("dinat", "digits_dinat", "float32"),
 )
 # (work, rows, tokens of a row)
 WORK = (("prefill", 1, 2048), ("decode", 1, 1), ("decode", 64, 1), ("train", 4, 2048))
+# The same of models of images: (work, images, pixels a side).
+IMAGE_WORK = {
+    "nat_mini": (("forward", 1, 224),),
+    "dinat_mini": (("forward", 1, 224),),
+    "digits_dinat": (("train", 128, 8),),
+}
 # What a model's numbers are run on where it runs: published widths, and layers that the float64 definition bears.
 NUMBERS = (("prefill", 1, 96), ("decode", 1, 96), ("train", 1, 96))
 NUMBERS_LAYERS = 2
@@ -42,20 +51,24 @@ def matrix(
       wanted: names of targets; all unless given, "device" only where there is one.
       ops: names of ops; all unless given, none if only models are.
       models: configurations of models such as "mamba2_130m", or kinds such as "mamba2"; all unless given.
-      quick: leave out the shapes of published models, and of the models all but the smallest forward and decode step.
+      quick: leave out the shapes of published models, values without gradients, and of the models all but the
+        forward and decode step of the smallest language model and the training step of the smallest of images.
     """
     chosen = tuple(wanted) or ("cpu", *(["device"] if targets.accelerator() else []), *ACCELERATORS)
     given = ops is not None or models is not None
     named = selection.ops() if ops is None else tuple(ops)
     kinds = tuple(models or ())
-    jobs = [] if given and ops is None else op_jobs(chosen, ops=named, sizes=not quick)
+    jobs = [] if given and ops is None else op_jobs(chosen, ops=named, sizes=not quick, values=not quick)
     if given and models is None:
         return jobs
     held = [m for m in MODELS if not kinds or m[0] in kinds or m[1] in kinds]
     places = [t for t in chosen if t in MODEL_TARGETS or (kinds and t not in ("cpu", "device"))]
     work = (("prefill", 1, 2048), ("decode", 1, 1)) if quick else WORK
     here = [t for t in chosen if t in ("cpu", "device")]
-    return jobs + number_jobs(here, models=held) + model_jobs(places, models=held[:1] if quick else held, work=work)
+    if quick:
+        held = [m for m in held if m[1] not in IMAGE_WORK or m[1] == "digits_dinat"]
+    compiled = [m for m in held if m == held[0] or m[1] in IMAGE_WORK] if quick else held
+    return jobs + number_jobs(here, models=held) + model_jobs(places, models=compiled, work=work)
 
 
 def implementations(op: str, case: str, target: str) -> list[str]:
@@ -143,18 +156,18 @@ def model_jobs(
     Args:
       wanted: names of targets.
       models: (kind, configuration, dtype), as `programs.model` takes them.
-      work: (work, rows, tokens of a row).
+      work: (work, rows, tokens of a row) of language models.
     """
     jobs = []
     for target in wanted:
         task: Task = "lower" if targets.find(target).family == "rocm" else "compile"
         for kind, config, dtype in models:
-            for what, batch, length in work:
+            for what, batch, length in IMAGE_WORK.get(config, work):
                 # Without recomputation, the activations of a large model alone exceed any one device.
                 remat = {"remat": "full"} if what == "train" and dtype == "bfloat16" else {}
                 kwargs = {"kind": kind, "config": config, "work": what, "dtype": dtype, **remat}
                 kwargs |= {"batch": batch, "length": length}
-                case = f"{batch}" + (f"x{length}" if length > 1 else "")
+                case = _case(config, batch, length)
                 labels = {"kind": "model", "name": config, "case": case, "implementation": "xla", "part": what}
                 labels["dtype"] = dtype
                 name = f"{config}/{dtype}/{what} {case}"
@@ -167,17 +180,23 @@ def number_jobs(wanted: Iterable[str], *, models: Iterable[tuple[str, str, str]]
     jobs = []
     for target in wanted:
         for kind, config, dtype in models:
-            if config != MODELS[0][1]:
+            if config not in (MODELS[0][1], *IMAGE_WORK):
                 continue
-            for what, batch, length in NUMBERS:
+            for what, batch, length in IMAGE_WORK.get(config, NUMBERS):
                 kwargs = {"kind": kind, "config": config, "work": what, "dtype": dtype, "batch": batch}
                 kwargs |= {"length": length, "layers": NUMBERS_LAYERS}
-                case = f"{batch}x{length}, {NUMBERS_LAYERS} layers"
+                case = f"{_case(config, batch, length)}, {NUMBERS_LAYERS} layers"
                 labels = {"kind": "model", "name": config, "case": case, "implementation": "xla", "part": what}
                 labels["dtype"] = dtype
                 name = f"{config}/{dtype}/{what} {case}"
                 jobs.append(Job(name, target, f"{_BUILD}:model", kwargs, 600, "run", labels))
     return jobs
+
+
+def _case(config: str, batch: int, length: int) -> str:
+    if config in IMAGE_WORK:
+        return f"{batch}x{length}x{length}"
+    return f"{batch}" + (f"x{length}" if length > 1 else "")
 
 
 def known_models() -> Sequence[str]:

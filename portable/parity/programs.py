@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from portable.nn import fresh_state
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -106,7 +108,7 @@ def model(
     length: int = 2048,
     remat: str = "none",
 ) -> Program:
-    """Returns the program of a language model; its weights are abstract, so any size costs no memory here.
+    """Returns the program of a model; its weights are abstract, so any size costs no memory here.
 
     Args:
       kind: a key of `portable.models.MODELS`.
@@ -114,28 +116,31 @@ def model(
         config.json.
       work: "forward" (logits of every position, layers stacked), "prefill" (right-padded rows of `length`
         tokens to the last logits and a decode state), "decode" (one token of each row, the state donated) or
-        "train" (forward, backward and AdamW, layers stacked, the state donated).
+        "train" (forward, backward and AdamW, layers stacked, the state donated). A model of images has "forward"
+        and "train", and no layers to stack.
       dtype: of the computation, and of the weights; training keeps weights in float32.
-      batch, length: rows and tokens of a row.
-      remat: what the backward pass computes again, as the model takes it.
+      batch, length: rows and tokens of a row; images and pixels a side.
+      remat: what the backward pass computes again, as a language model takes it.
 
     Raises:
-      ValueError: there is no such kind or work.
+      ValueError: there is no such kind, or it has no such work.
     """
     from portable import models, nn
 
     if kind not in models.MODELS:
         raise ValueError(f"there is no model called {kind!r}; there are: {', '.join(models.MODELS)}.")
-    make = {"forward": _forward, "prefill": _prefill, "decode": _decode, "train": _train}.get(work)
-    if make is None:
-        raise ValueError(f"work must be forward, prefill, decode or train; got {work!r}.")
-    family = models.MODELS[kind]
+    reads = kind in models.decoders()
+    works = {"forward": _forward, "prefill": _prefill, "decode": _decode, "train": _train}
+    works = works if reads else {"forward": _forward, "train": _train}
+    if work not in works:
+        raise ValueError(f"work of {kind} must be one of {', '.join(works)}; got {work!r}.")
+    make, family = works[work], models.MODELS[kind]
     settings = getattr(family.config, config)() if isinstance(config, str) else family.config.from_dict(config)
     options = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype("float32" if work == "train" else dtype)}
 
     def build() -> nnx.Module:
-        made = family.model(settings, **options, remat=remat, rngs=nnx.Rngs(0))
-        return nn.stack(made) if work in ("forward", "train") else made
+        made = family.model(settings, **options, **({"remat": remat} if reads else {}), rngs=nnx.Rngs(0))
+        return nn.stack(made) if reads and work in ("forward", "train") else made
 
     return make(nnx.eval_shape(build), batch, length)
 
@@ -144,9 +149,18 @@ def _tokens(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
+def _sees(model: Any) -> bool:
+    return hasattr(model.config, "num_channels")
+
+
+def _images(model: Any, batch: int, side: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, side, side, model.config.num_channels), jnp.float32)
+
+
 def _forward(model: Any, batch: int, length: int) -> Program:
     graphdef, weights = nnx.split(model)
-    return Program(lambda w, t: nnx.merge(graphdef, w)(t), (weights, _tokens(batch, length)))
+    given = _images(model, batch, length) if _sees(model) else _tokens(batch, length)
+    return Program(lambda w, x: nnx.merge(graphdef, w)(x), (weights, given))
 
 
 def _prefill(model: Any, batch: int, length: int) -> Program:
@@ -154,29 +168,34 @@ def _prefill(model: Any, batch: int, length: int) -> Program:
 
     def prefill(weights: Any, tokens: jax.Array, lengths: jax.Array) -> tuple:
         model = nnx.merge(graphdef, weights)
-        return model.prefill(tokens, lengths, model.init_state(batch))
+        return model.prefill(tokens, lengths, fresh_state(model, batch, length))
 
     return Program(prefill, (weights, _tokens(batch, length), _tokens(batch)))
 
 
 def _decode(model: Any, batch: int, length: int) -> Program:
-    del length  # a decode state does not grow, or the model's own limit bounds it
     graphdef, weights = nnx.split(model)
-    state = jax.eval_shape(lambda w: nnx.merge(graphdef, w).init_state(batch), weights)
+    state = jax.eval_shape(lambda w: fresh_state(nnx.merge(graphdef, w), batch, length), weights)
     program = Program(lambda w, t, s: nnx.merge(graphdef, w).step(t, s), (weights, _tokens(batch), state))
     return dataclasses.replace(program, donate=(2,))
 
 
 def _train(model: Any, batch: int, length: int) -> Program:
+    from portable.training.classify import smoothed_cross_entropy
     from portable.training.options import TrainOptions
-    from portable.training.step import init_state, make_step
+    from portable.training.step import init_state, make_step, next_token
 
     options = TrainOptions(batch_size=batch, length=length)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     state = jax.eval_shape(lambda p: init_state(p, options), params)
-    data = dict.fromkeys(("tokens", "targets", "segments"), _tokens(batch, length))
+    data: dict[str, Any] = dict.fromkeys(("tokens", "targets", "segments"), _tokens(batch, length))
+    loss = next_token
+    if _sees(model):
+        noise = jax.ShapeDtypeStruct((batch, 2), jnp.uint32)
+        data = {"images": _images(model, batch, length), "labels": _tokens(batch), "noise": noise}
+        loss = smoothed_cross_entropy
 
     def step(state: Any, rest: Any, data: Any) -> tuple:
-        return make_step(graphdef, rest, options)(state, data)
+        return make_step(graphdef, rest, options, loss)(state, data)
 
     return Program(step, (state, rest, data), donate=(0,))

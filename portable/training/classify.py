@@ -57,6 +57,14 @@ class ImageOptions:
             )
 
 
+def smoothed_cross_entropy(model: Any, batch: ImageBatch, label_smoothing: float = 0.1) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of cross entropies with smoothed labels [] float32, and the number of images [] int32."""
+    key = jax.random.wrap_key_data(jnp.asarray(batch["noise"])[0], impl="threefry2x32")
+    logits = model(batch["images"], key=key).astype(jnp.float32)
+    targets = optax.smooth_labels(jax.nn.one_hot(batch["labels"], logits.shape[-1], dtype=jnp.float32), label_smoothing)
+    return jnp.sum(optax.softmax_cross_entropy(logits, targets)), jnp.asarray(len(logits), jnp.int32)
+
+
 class ImageTask:
     """The class of images, measured by accuracy.
 
@@ -88,13 +96,8 @@ class ImageTask:
         return model
 
     def loss(self, model: Any, batch: ImageBatch) -> tuple[jax.Array, jax.Array]:
-        """Returns the sum of cross entropies with smoothed labels, and the number of images."""
-        key = jax.random.wrap_key_data(jnp.asarray(batch["noise"])[0], impl="threefry2x32")
-        logits = model(batch["images"], key=key).astype(jnp.float32)
-        targets = optax.smooth_labels(
-            jax.nn.one_hot(batch["labels"], logits.shape[-1], dtype=jnp.float32), self.options.label_smoothing
-        )
-        return jnp.sum(optax.softmax_cross_entropy(logits, targets)), jnp.asarray(len(logits), jnp.int32)
+        """Returns `smoothed_cross_entropy` of the batch."""
+        return smoothed_cross_entropy(model, batch, self.options.label_smoothing)
 
     def evaluate(self, model: nnx.Module, options: TrainOptions) -> dict[str, float]:
         """Returns accuracy and loss on the held-out images."""

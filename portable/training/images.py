@@ -2,11 +2,8 @@
 
 import dataclasses
 import hashlib
-import io
 import json
-import os
 import statistics
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +12,9 @@ from typing import Any, Self
 import numpy as np
 
 from portable.checks import CheckpointError, DataError
-from portable.training.text import in_twentieth
+from portable.training import image_files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-SMALLEST = 4  # pixels a side: the largest patch of a stem
 LARGEST = 64  # side that is chosen where none is given
-_IN_MEMORY = 2**30  # bytes of decoded images kept; more are decoded again at every use
-_HELD_OUT = ("val", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +117,7 @@ class Images:
         size, channels = self.preprocess.size, self.preprocess.channels
         line = f"train on {len(self.train):,} images of {len(self.classes)} classes, {size} x {size} x {channels}"
         line += f", held out {len(self.held_out):,} ({self.rule})" if len(self.held_out) else ", nothing held out"
-        return line + (f"\nskipped {_listed(self.skipped)}" if self.skipped else "")
+        return line + (f"\nskipped {image_files.listed(self.skipped)}" if self.skipped else "")
 
 
 def read_digits(*, hold_out: bool = True) -> Images:
@@ -196,25 +189,26 @@ def read_images(
     except ImportError as error:
         raise DataError("images need the package `pillow`: pip install 'portable-jax[train]'.") from error
     folder = Path(folder).expanduser()
-    if size is not None and size < SMALLEST:
-        raise DataError(f"--size must be at least {SMALLEST} pixels, the stem's largest patch; got {size}.")
+    if size is not None and size < image_files.SMALLEST:
+        raise DataError(f"--size must be at least {image_files.SMALLEST} pixels, the stem's largest patch; got {size}.")
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}: give a folder that holds a folder of images for each class, or `digits`.")
-    roots = _parts(folder)
-    classes = _subfolders(roots[0], exclude)
+    roots = image_files.parts(folder)
+    classes = image_files.subfolders(roots[0], exclude)
     if not classes:
         raise DataError(f"{roots[0]} holds no folders: put the images of each class into a folder named as the class.")
-    found = [_walk(root, classes, exclude) for root in roots]
-    if unknown := sorted({name for root in roots[1:] for name in _subfolders(root, exclude)} - set(classes)):
+    found = [image_files.walk(root, classes, exclude) for root in roots]
+    if unknown := sorted({name for root in roots[1:] for name in image_files.subfolders(root, exclude)} - set(classes)):
         raise DataError(f"{roots[1]} holds classes that {roots[0]} lacks: {', '.join(unknown[:3])}.")
-    opened, faults = _open_all(folder, [path for part in found for path, _ in part])
+    opened, faults = image_files.open_all(folder, [path for part in found for path, _ in part])
     good = [[(path, label) for path, label in part if path in opened] for part in found]
     counts = Counter(label for _, label in good[0])
     empty = [(f"{name}/", "a class without images") for i, name in enumerate(classes) if not counts[i]]
     if (faults or empty) and not skip_broken:
         raise DataError(
-            f"{folder} cannot be trained on: {_listed(faults + empty)}; mend or remove them, or give --skip-broken."
+            f"{folder} cannot be trained on: {image_files.listed(faults + empty)}; mend or remove them, or give "
+            "--skip-broken."
         )
     kept = [i for i in range(len(classes)) if counts[i]]
     if len(kept) < 2:
@@ -227,16 +221,15 @@ def read_images(
         rule = f"the folder {roots[1].name}"
         good[1] = good[1] if hold_out else []
     else:
-        good, rule = _split(good[0], folder) if hold_out else ([good[0], []], "")
+        good, rule = image_files.split(good[0], folder) if hold_out else ([good[0], []], "")
     infos = [opened[path] for part in good for path, _ in part]
     side = size or (preprocess and preprocess.size)
-    side = side or max(SMALLEST, min(LARGEST, int(statistics.median(min(i.size) for i in infos))))
+    side = side or max(image_files.SMALLEST, min(LARGEST, int(statistics.median(min(i.size) for i in infos))))
     depth = channels or (1 if all(info.grey for info in infos) else 3)
     names = [tuple(path.relative_to(folder).as_posix() for path, _ in part) for part in good]
-    parts = [
-        ImageSet(_Files([path for path, _ in part], side, depth), np.asarray([i for _, i in part], np.int32), name)
-        for part, name in zip(good, names, strict=True)
-    ]
+    pixels = [image_files.Files([path for path, _ in part], side, depth) for part in good]
+    labels = [np.asarray([label for _, label in part], np.int32) for part in good]
+    parts = [ImageSet(*part) for part in zip(pixels, labels, names, strict=True)]
     content = {path.relative_to(folder).as_posix(): info.digest for path, info in opened.items()}
     if preprocess is None:
         prepared = normalisation(parts[0].pixels, side, depth, 1 / 255)
@@ -262,132 +255,6 @@ def normalisation(pixels: Sequence[np.ndarray] | np.ndarray, size: int, channels
     return Preprocess(size, channels, rescale, *rounded)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Info:
-    size: tuple[int, int]
-    grey: bool
-    digest: str
-
-
-class _Files(Sequence):
-    """Image files as [size, size, c] uint8, decoded once as long as there is room."""
-
-    def __init__(self, paths: Sequence[Path], size: int, channels: int):
-        self._paths, self._size, self._channels = list(paths), size, channels
-        self._kept: dict[int, np.ndarray] = {}
-        self._room = _IN_MEMORY // (size * size * channels)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: Any) -> Any:
-        index = range(len(self))[index]
-        if index in self._kept:
-            return self._kept[index]
-        pixels = decode(self._paths[index], self._size, self._channels)
-        if len(self._kept) < self._room:
-            self._kept[index] = pixels
-        return pixels
-
-
-def decode(path: str | Path, size: int, channels: int) -> np.ndarray:
-    """Returns an image file as [size, size, channels] uint8: turned upright, on white where transparent, resized.
-
-    Raises:
-      DataError: the file cannot be read, any more.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16") or image.mode == "I":
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB" if channels == 3 else "L")
-            resized = image.resize((size, size), Image.Resampling.BILINEAR)
-    except _faults() as error:
-        raise DataError(f"{path} can no longer be read as an image: {error}; restore it.") from error
-    return np.asarray(resized).reshape(size, size, channels)
-
-
-def _faults() -> tuple[type[Exception], ...]:
-    from PIL import Image
-
-    return (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-def _parts(folder: Path) -> list[Path]:
-    """Returns the folders of the two parts, or the one folder of both."""
-    if (folder / "train").is_dir():
-        for name in _HELD_OUT:
-            if (folder / name).is_dir():
-                return [folder / "train", folder / name]
-    return [folder]
-
-
-def _subfolders(root: Path, exclude: Sequence[Path]) -> list[str]:
-    out = {path.resolve() for path in exclude}
-    found = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".") and p.resolve() not in out]
-    return sorted(p.name for p in found)
-
-
-def _walk(root: Path, classes: Sequence[str], exclude: Sequence[Path]) -> list[tuple[Path, int]]:
-    """Returns the images of each class, in a fixed order."""
-    out = {path.resolve() for path in exclude}
-    found = []
-    for label, name in enumerate(classes):
-        for where, folders, files in os.walk(root / name):
-            folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(where) / f).resolve() not in out)
-            images = [f for f in sorted(files) if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
-            found += [(Path(where) / f, label) for f in images]
-    return sorted(found, key=lambda pair: pair[0].relative_to(root).as_posix())
-
-
-def _open_all(folder: Path, paths: Sequence[Path]) -> tuple[dict[Path, _Info], list[tuple[str, str]]]:
-    """Opens and decodes every image; returns those that can be used, and what is wrong with the others."""
-    from PIL import Image
-
-    opened, faults = {}, []
-    for path in paths:
-        fault = None
-        try:
-            data = path.read_bytes()
-            if not data:
-                fault = "empty"
-            else:
-                with Image.open(io.BytesIO(data)) as image:
-                    image.load()
-                    if min(image.size) < SMALLEST:
-                        fault = f"smaller than {SMALLEST} x {SMALLEST} pixels"
-                    grey = image.mode in ("1", "L", "I", "I;16", "I;16B", "LA")
-                    opened[path] = _Info(image.size, grey, hashlib.sha256(data).hexdigest())
-        except _faults():
-            fault = "broken"
-        if fault:
-            opened.pop(path, None)
-            faults.append((path.relative_to(folder).as_posix(), fault))
-    return opened, faults
-
-
-def _split(found: list[tuple[Path, int]], folder: Path) -> tuple[list[list[tuple[Path, int]]], str]:
-    """Returns the two parts of one folder's images, and the rule."""
-    names = {path: path.relative_to(folder).as_posix() for path, _ in found}
-    held = {path for path in names if in_twentieth(names[path])}
-    rule = "sha256 of the path is a multiple of 20"
-    labels = {label for _, label in found}
-    there = [{label for path, label in found if (path in held) == part} for part in (False, True)]
-    if not (len(found) / 50 <= len(held) <= len(found) / 4 and there == [labels, labels]):
-        held, rule = set(), "a twentieth of each class, by sha256 of the path"
-        for label in labels:
-            own = [path for path, other in found if other == label]
-            own.sort(key=lambda path: hashlib.sha256(names[path].encode()).hexdigest())
-            held |= set(own[: max(1, len(own) // 20)]) if len(own) > 1 else set()
-    return [[pair for pair in found if (pair[0] in held) == part] for part in (False, True)], rule
-
-
 def _fingerprint(parts: Sequence[ImageSet], classes: Sequence[str], content: Mapping[str, str], size: int) -> str:
     digest = hashlib.sha256(f"{list(classes)} {size}\n".encode())
     for part in parts:
@@ -395,13 +262,3 @@ def _fingerprint(parts: Sequence[ImageSet], classes: Sequence[str], content: Map
         for name, label in zip(part.names, part.labels, strict=True):
             digest.update(f"{name}\n{label}\n{content[name]}\n".encode())
     return digest.hexdigest()
-
-
-def _listed(faults: Sequence[tuple[str, str]]) -> str:
-    """Returns `2 broken (a.png, b.png), 1 empty (c.png)`."""
-    reasons = Counter(reason for _, reason in faults)
-    parts = []
-    for reason, count in reasons.most_common():
-        names = [name for name, why in faults if why == reason]
-        parts.append(f"{count:,} {reason} ({', '.join(names[:3])}{', ...' if count > 3 else ''})")
-    return ", ".join(parts)

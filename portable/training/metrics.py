@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from portable.checks import DataError
-from portable.nn import unstack
+from portable.nn import fresh_state, unstack
 from portable.training.data import IGNORE
 from portable.training.step import cross_entropy
 from portable.training.text import Document
@@ -54,7 +54,7 @@ def bits_per_byte(
 
     Args:
       model: `model(tokens [b, t], state=, return_state=True) -> (logits [b, t, v], state)` with
-        `init_state(b)`.
+        `init_state` (see `portable.nn.fresh_state`; a cache is as long as the longest document).
       documents: documents or plain bytes; empty ones count for nothing.
       tokenizer: the byte tokenizer by default.
       window: tokens a call; changes memory, not the result beyond rounding.
@@ -73,6 +73,7 @@ def bits_per_byte(
     for ids in sequences:  # the longest first, each to the shortest row: rows end at about the same time
         min(rows, key=lambda row: sum(map(len, row))).append(_windows(ids, window))
     calls = max(sum(map(len, row)) for row in rows)
+    room = max(len(windows) for row in rows for windows in row) * window
     # [rows, calls, 3, window]: inputs, targets, and in the third line whether a document begins.
     grid = np.full((len(rows), calls, 3, window), IGNORE, np.int32)
     for row, documents_of_row in zip(grid, rows, strict=True):
@@ -80,10 +81,10 @@ def bits_per_byte(
         row[: len(filled)] = filled
     model = unstack(model)  # only layers one by one carry a state
     graphdef, variables = nnx.split(model)
-    state, bits = model.init_state(len(rows)), 0.0  # pyright: ignore[reportAttributeAccessIssue]
+    state, bits = fresh_state(model, len(rows), room), 0.0
     for call in range(calls):
         tokens, targets, begins = grid[:, call].swapaxes(0, 1)
-        nats, state = _score(graphdef, variables, state, np.maximum(tokens, 0), targets, begins[:, 0] == 1)
+        nats, state = _score(graphdef, room, variables, state, np.maximum(tokens, 0), targets, begins[:, 0] == 1)
         bits += float(nats) / math.log(2)
     return Score(bits, sum(len(d.data) for d in whole), len(whole))
 
@@ -116,13 +117,13 @@ def _windows(ids: np.ndarray, window: int) -> np.ndarray:
     return cut
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score(graphdef, variables, state, tokens, targets, begins):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(graphdef, room, variables, state, tokens, targets, begins):
     model = nnx.merge(graphdef, variables)
 
     def reset(fresh, old):
         return jnp.where(begins.reshape(-1, *[1] * (old.ndim - 1)), fresh, old)
 
-    state = jax.tree.map(reset, model.init_state(len(tokens)), state)
+    state = jax.tree.map(reset, fresh_state(model, len(tokens), room), state)
     logits, state = model(tokens, state=state, return_state=True)
     return cross_entropy(logits, targets)[0], state

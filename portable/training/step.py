@@ -12,7 +12,7 @@ from portable.training.data import IGNORE
 from portable.training.options import TrainOptions
 
 # Scales, offsets and the decay and step parameters of state-space layers: pulling them to zero means nothing.
-_NOT_DECAYED = {"scale", "bias", "A_log", "D", "dt_bias", "gamma1", "gamma2", "rel_pos_bias"}
+_NOT_DECAYED = {"scale", "bias", "A_log", "D", "dt_bias", "gamma1", "gamma2", "rel_pos_bias", "sinks"}
 
 
 class TrainState(NamedTuple):
@@ -86,8 +86,15 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
 
 
 def next_token(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns `cross_entropy` of a language model, `model(tokens, segment_ids=segments)`, over a `Batch`."""
-    return cross_entropy(model(batch["tokens"], segment_ids=batch["segments"]), batch["targets"])
+    """Returns `cross_entropy` of a language model over a `Batch`, with what its routers ask to add for each target.
+
+    The model is called as `model(tokens, segment_ids=segments)`, and with return_aux=True where its `routed` is true.
+    """
+    if not getattr(model, "routed", False):
+        return cross_entropy(model(batch["tokens"], segment_ids=batch["segments"]), batch["targets"])
+    logits, aux = model(batch["tokens"], segment_ids=batch["segments"], return_aux=True)
+    nats, targets = cross_entropy(logits, batch["targets"])
+    return nats + aux * targets, targets
 
 
 def init_state(params: nnx.State, options: TrainOptions) -> TrainState:

@@ -1,9 +1,21 @@
 """The rules between tensors and parameters, on made-up models whose answers are written out by hand."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from portable.checkpoint import Rule, WeightMap, depthwise, flat, transposed
+from portable.checkpoint import (
+    Checkpoint,
+    Rule,
+    WeightMap,
+    depthwise,
+    flat,
+    load_params,
+    tensors_of,
+    transposed,
+    write,
+)
 from portable.checkpoint.weight_map import Block
 
 
@@ -15,7 +27,7 @@ def test_template_gives_one_tensor_for_each_layer():
     weight_map = WeightMap((Rule("net.{i}.w", "layers.{i}.out.kernel", transposed),))
     tensors = _by_name(weight_map, {"layers.0.out.kernel": (2, 3), "layers.11.out.kernel": (2, 3)})
     assert {name: tensor.shape for name, tensor in tensors.items()} == {"net.0.w": (3, 2), "net.11.w": (3, 2)}
-    assert tensors["net.11.w"].blocks == (Block("layers.11.out.kernel", None, 0, 3),)
+    assert tensors["net.11.w"].blocks == (Block("layers.11.out.kernel", None, axis=0, period=3, start=0, stop=3),)
 
 
 def test_dot_of_a_template_is_a_dot():
@@ -44,6 +56,35 @@ def test_tensors_stacked_along_the_first_axis_of_a_parameter():
     tensor.view(parameter, tensor.blocks[0])[:] = np.arange(8).reshape(2, 4)
     np.testing.assert_array_equal(parameter[2], np.arange(8).reshape(2, 4).T)
     assert not parameter[:2].any()
+
+
+@pytest.mark.parametrize(
+    "axis, turns, places",
+    [(0, (2, 1), ([0, 1, 3, 4], [2, 5])), (1, (1, 1), ([0, 2, 4], [1, 3, 5])), (1, None, ([0, 1, 2], [3, 4, 5]))],
+    ids=["head by head", "interleaved", "blocks of columns"],
+)
+def test_parameters_that_take_turns(axis, turns, places, tmp_path):
+    """Written into a file and read from it again, in pieces of a few rows."""
+    whole = np.arange(36, dtype=np.float32).reshape(6, 6)
+    a, b = (np.take(whole, place, axis) for place in places)
+
+    class Two(nnx.Module):
+        def __init__(self, a, b):
+            self.a, self.b = nnx.Param(jnp.asarray(a)), nnx.Param(jnp.asarray(b))
+
+    weight_map = WeightMap((Rule("fused", ("a", "b"), axis=axis, turns=turns),))
+    tensors = tensors_of(Two(a, b), weight_map)
+    np.testing.assert_array_equal(tensors["fused"].fetch(), whole)
+    write(tmp_path, {}, tensors, 10**9)
+
+    class InPieces(Checkpoint):
+        def rows(self, name, start, stop):
+            for row, block in super().rows(name, start, stop):
+                yield from ((row + i, block[i : i + 4]) for i in range(0, len(block), 4))
+
+    found = load_params(lambda dtype: Two(np.zeros_like(a), np.zeros_like(b)), InPieces(tmp_path), weight_map)
+    np.testing.assert_array_equal(found.a[...], a)
+    np.testing.assert_array_equal(found.b[...], b)
 
 
 @pytest.mark.parametrize(

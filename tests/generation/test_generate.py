@@ -199,7 +199,7 @@ def test_the_loop_is_one_program_that_owns_its_state(model):
     compiled, leaves = programs.prepared(model)
     rules = programs.Rules(programs.Options(np.float32(0)), np.full(8, -1, np.int32), np.int32(0))
     uniform = np.zeros((programs.CAPACITY, 3, 2), np.float32)
-    logits, state = compiled.prefill(leaves, np.ones((3, 32), np.int32), np.full(3, 5, np.int32))
+    logits, state = compiled.prefill(leaves, np.ones((3, 32), np.int32), np.full(3, 5, np.int32), 0)
     written, seen = programs.first(logits, uniform, None, rules)
     span = programs.Span(np.int32(1), np.int32(1), np.int32(9))
     arguments = (leaves, (state, seen), written.rows, written.block, uniform, rules, span)

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,12 +13,11 @@ import numpy as np
 import pytest
 
 import portable
-from portable import parity
-from portable.ops._ssd import api, reference
-from portable.ops._ssd.cases import CASES
+from portable.ops._ssd import reference
 from portable.pallas_kernels.gpu import _launch, ssd
 from portable.parity import numbers
 from tests.kernels.mutation import errors
+from tests.kernels.triton_compiler import SHARED, compile_kernels, compilers
 from tests.oracles import child, need
 
 IMPORTS = """
@@ -63,19 +61,7 @@ def core(b, t, h, p, g, n, *, state=True, segments=0.0, chunk_size=16, dtype="fl
     return make
 
 
-def of_op(case):
-    def make(seed):
-        args, kwargs = CASES[case](seed)
-        return api.prepare(*args, **{**kwargs})
-
-    return make
-
-
-def accepted(case) -> bool:
-    arrays, options = jax.eval_shape(lambda: of_op(case)(0)[0]), of_op(case)(0)[1]
-    return ssd.TAKES.why_not(*arrays, **options) is None
-
-
+# Beside the op's own cases, which tests/ops/test_parity.py holds against the definition.
 MADE = {
     "groups": core(2, 37, 4, 16, 2, 32),
     "segments": core(2, 50, 2, 16, 2, 16, segments=0.15, chunk_size=32),
@@ -93,13 +79,12 @@ MADE = {
     "bfloat16_float32_keys": core(1, 40, 2, 16, 1, 32, dtype="bfloat16", keys="float32"),
     "float16": core(1, 40, 2, 32, 1, 16, dtype="float16"),
 }
-ALL = {**{c: of_op(c) for c in CASES if accepted(c)}, **MADE}
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", MADE)
 def test_equals_the_definition_in_float64(case, seed):
     need("triton", "torch")
-    arrays, options = ALL[case](seed)
+    arrays, options = MADE[case](seed)
     floats = [x for x in arrays if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
     pairs = numbers.interpreted(ssd.IMPL, reference.IMPL, arrays, options, True, seed)
     assert [x.dtype for x, _ in pairs] == [arrays[2].dtype, jnp.float32, *(x.dtype for x in floats)]
@@ -237,40 +222,6 @@ def test_a_mapped_axis_joins_the_batch():
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def compilers() -> None:
-    """Skips unless kernels can be compiled for a GPU here."""
-    if reason := parity.missing("cuda"):
-        pytest.skip(reason)
-    for package in ("triton", "jax_triton"):
-        if reason := _launch.missing(package):
-            pytest.skip(reason)
-
-
-def compile_kernels(code: str, folder: Path) -> dict[str, dict[str, int]]:
-    """Runs code that lowers kernels; returns registers, spilled bytes and shared memory of each by name."""
-    import nvidia.cuda_nvcc
-
-    child(IMPORTS + code, env={"JAX_TRITON_DUMP_DIR": str(folder), "JAX_ENABLE_COMPILATION_CACHE": "false"})
-    ptxas = Path(nvidia.cuda_nvcc.__path__[0]) / "bin" / "ptxas"
-    found = {}
-    for ptx in sorted(folder.glob("*/*.ptx")):
-        arch = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)[1]
-        command = [ptxas, "-v", f"-arch={arch}", ptx, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        number = lambda pattern, text: int(re.search(pattern, text)[1])  # noqa: E731
-        info = ptx.with_suffix(".compile_info").read_text()
-        found[f"{arch} {ptx.stem} {ptx.parent.name}"] = {
-            "registers": number(r"Used (\d+) registers", said),
-            "spilled": number(r"(\d+) bytes spill stores", said) + number(r"(\d+) bytes spill loads", said),
-            "shared": number(r"shared_mem_bytes: (\d+)", info),
-        }
-    return found
-
-
-# Shared memory that a program may ask for, of the data-center GPU with that capability.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-
 @pytest.mark.aot
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
@@ -279,7 +230,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 def test_compiles_without_spilling(target, dtype, tmp_path, record_property):
     compilers()
     found = compile_kernels(
-        f"a, k, v, q, s, _ = shapes(2, 2048, 24, 64, 1, 128, jnp.{dtype})\n"
+        IMPORTS + f"a, k, v, q, s, _ = shapes(2, 2048, 24, 64, 1, 128, jnp.{dtype})\n"
         f"with _launch.capability({target}): lowered(both, (a, k, v, q, s, None), v, s)\n",
         tmp_path,
     )
@@ -308,5 +259,5 @@ def test_lowers_mapped_with_segments_and_for_the_capability_asked(tmp_path):
         with _launch.capability(80):
             lowered(both, args, v, s)
         """
-    found = compile_kernels("\n".join(line[8:] for line in code.splitlines()), tmp_path)
+    found = compile_kernels(IMPORTS + "\n".join(line[8:] for line in code.splitlines()), tmp_path)
     assert {name.split()[0] for name in found} == {"sm_80", "sm_90a"}

@@ -160,9 +160,16 @@ def test_a_model_without_a_head(tmp_path):
 PARAMETERS = {"mini": 20e6, "tiny": 28e6, "small": 51e6, "base": 90e6, "large": 200e6}
 
 
+QUICK = ("nat_mini", "dinat_small")  # the others differ in numbers alone
+
+
 @pytest.mark.parametrize(
     "name",
-    [f"{kind}_{size}" for kind in ("nat", "dinat") for size in PARAMETERS if hasattr(NATConfig, f"{kind}_{size}")],
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.full)
+        for name in (f"{kind}_{size}" for kind in ("nat", "dinat") for size in PARAMETERS)
+        if hasattr(NATConfig, name)
+    ],
 )
 def test_published_sizes(name):
     """The authors' tables name the parameters in whole millions."""

@@ -20,7 +20,7 @@ def _inputs(b=2, t=11, d=32):
 
 
 THEIRS = {
-    "llama": ("llama", "Llama", {"rope_theta": 5e4}, {}),
+    "llama": ("llama", "Llama", {"rope": nn.Rotary(theta=5e4)}, {}),
     "qwen3": ("qwen3", "Qwen3", {"qk_norm": True, "head_dim": 16}, {"head_dim": 16, "rms_norm_eps": 1e-6}),
     "mistral": ("mistral", "Mistral", {"window": 4}, {"sliding_window": 4}),
     "gpt_oss": (
@@ -39,7 +39,7 @@ def test_equals_transformers(name):
     torch, transformers = need("torch", "transformers")
     module, prefix, ours_options, theirs_options = THEIRS[name]
     modeling = __import__(f"transformers.models.{module}.modeling_{module}", fromlist=[""])
-    theta = ours_options.get("rope_theta", 10000.0)
+    theta = ours_options.get("rope", nn.Rotary()).theta
     config = getattr(transformers, f"{prefix}Config")(
         hidden_size=32,
         num_attention_heads=4,
@@ -81,8 +81,8 @@ def test_equals_transformers(name):
 CACHED = {
     "everything": {"qk_norm": True, "soft_cap": 5.0, "use_qkv_bias": True},
     "window": {"window": 4, "sinks": True},
-    "no positions": {"rope_theta": None, "head_dim": 6},
-    "part of the channels rotated": {"rope_dims": 4},
+    "no positions": {"rope": None, "head_dim": 6},
+    "part of the channels rotated": {"rope": nn.Rotary(dims=4)},
 }
 
 
@@ -154,7 +154,7 @@ BAD = [
         lambda: _layer(is_causal=False)(_inputs(), state=_layer().init_state(2, 11)),
         "a layer that is not causal has no state",
     ),
-    (lambda: _layer(rope_dims=3)(_inputs()), "dims must be even and at most the head's 8 channels; got 3"),
+    (lambda: _layer(rope=nn.Rotary(dims=3))(_inputs()), "dims must be even and at most the head's 8 channels; got 3"),
     (
         lambda: _layer()(_inputs(), state=_layer().init_state(2, 10)),
         "the state holds 10 positions, and more came; give init_state a larger length",

@@ -1,5 +1,7 @@
 """The Mamba-2 layer: against its definition in float64, and the properties that decoding, padding and packing need."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,11 @@ OPTIONS = {
 
 
 def layer(**options) -> Mamba2:
+    return nnx.merge(*split_layer(**options))
+
+
+@functools.cache
+def split_layer(**options):
     sizes = {"num_heads": 4, "head_dim": 8, "state_size": 6}
     made = Mamba2(16, **sizes, **options, rngs=nnx.Rngs(1))
     for i, param in enumerate(jax.tree.leaves(nnx.state(made), is_leaf=lambda x: isinstance(x, nnx.Variable))):
@@ -29,7 +36,7 @@ def layer(**options) -> Mamba2:
     graphdef, state = nnx.split(made)
     # Nothing may sit at its initial value, where an unused Param would not show.
     noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), state)
-    return nnx.merge(graphdef, noisy)
+    return graphdef, noisy
 
 
 def inputs(t: int = 21, b: int = 2):

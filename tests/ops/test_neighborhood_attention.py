@@ -1,11 +1,10 @@
-"""What is particular to `neighborhood_attention`: its definition in numpy, NATTEN, the plan, and what it refuses."""
+"""What is particular to `neighborhood_attention`: its definition in numpy, the plan, and what it refuses."""
 
 import functools
 import itertools
 import json
 import math
 import random
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,87 +19,10 @@ from portable.ops._neighborhood_attention.cases import CASES
 from portable.parity import hlo
 from portable.parity.numbers import relative
 from portable.parity.roofline import roofline
-from tests.oracles import need
+from tests.ops.neighborhood_definition import definition, sees, table
 
 FORMS = ["xla_cache", "xla_tiles"]  # the forms differ in a setting
 X = jax.random.normal(jax.random.key(0), (2, 7, 9, 4, 8))
-
-
-def sees(length, window, stride, dilation, causal) -> np.ndarray:
-    """What each position of an axis sees, from lists of positions."""
-    table = np.zeros((length, length), bool)
-    for i in range(length):
-        group = list(range(length))[i % dilation :: dilation]
-        p = group.index(i)
-        sharing = group[p - p % stride :][:stride]
-        if causal:
-            leader = group.index(sharing[-1])
-            seen = group[max(0, leader - window + 1) : p + 1]
-        else:
-            centre = group.index(sharing[min(stride // 2, len(sharing) - 1)])
-            first = centre - window // 2
-            while first > 0 and first + window > len(group):
-                first -= 1
-            seen = group[max(first, 0) :][:window]
-        table[i, seen] = True
-    return table
-
-
-def definition(
-    q, k, v, dout, dlse, *, mask, rel_pos_bias=None, key_mask=None, extra_k=None, extra_v=None, windows=None
-):
-    """Value, log-sum-exp and gradients in numpy, float64: one row of the batch and head at a time.
-
-    `mask` is one [n, n] table, `windows` what the bias needs: (space, dilation, window).
-    """
-    q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (q, k, v, dout, dlse))
-    (b, *space, h, width), g = q.shape, k.shape[-2]
-    n = math.prod(space)
-    grads = {"q": np.zeros_like(q), "k": np.zeros_like(k), "v": np.zeros_like(v)}
-    out, lse = np.zeros((*q.shape[:-1], v.shape[-1])), np.zeros(q.shape[:-1])
-    if rel_pos_bias is not None:
-        grads["rel_pos_bias"], index = np.zeros(rel_pos_bias.shape), []
-        for p, d, w in zip(np.indices(space).reshape(len(space), n), *windows, strict=True):
-            index.append(np.clip(p[None] // d - p[:, None] // d + w - 1, 0, 2 * w - 2))
-    if extra_k is not None:
-        grads["extra_k"], grads["extra_v"] = np.zeros(extra_k.shape), np.zeros(extra_v.shape)
-    flat = lambda x, i, j: x[i].reshape(n, x.shape[-2], -1)[:, j]  # noqa: E731 (a view)
-    for i, j in itertools.product(range(b), range(h)):
-        kv = j // (h // g)
-        rows, keys, values = flat(q, i, j), flat(k, i, kv), flat(v, i, kv)
-        allowed = mask if key_mask is None else mask & np.asarray(key_mask)[i].reshape(1, n)
-        bias = 0 if rel_pos_bias is None else np.asarray(rel_pos_bias, np.float64)[(j, *index)]
-        if extra_k is not None:
-            keys = np.concatenate([keys, np.asarray(extra_k, np.float64)[i, :, kv]])
-            values = np.concatenate([values, np.asarray(extra_v, np.float64)[i, :, kv]])
-            allowed = np.concatenate([allowed, np.ones((n, extra_k.shape[1]), bool)], 1)
-            bias = np.pad(np.broadcast_to(bias, (n, n)), ((0, 0), (0, extra_k.shape[1])))
-        scores = np.where(allowed, rows @ keys.T * width**-0.5 + bias, -np.inf)
-        dead = ~allowed.any(1)
-        highest = np.where(dead, 0, scores.max(1))
-        total = np.exp(scores - highest[:, None]).sum(1)
-        weights = np.exp(scores - highest[:, None]) / np.where(dead, 1, total)[:, None]
-        flat(out, i, j)[:] = weights @ values
-        with np.errstate(divide="ignore"):
-            lse[i].reshape(n, h)[:, j] = highest + np.log(total)
-        do, dl = flat(dout, i, j), np.where(dead, 0, dlse[i].reshape(n, h)[:, j])
-        slopes = do @ values.T
-        dscores = weights * (slopes - (weights * slopes).sum(1, keepdims=True) + dl[:, None])
-        flat(grads["q"], i, j)[:] = dscores @ keys * width**-0.5
-        dkeys, dvalues = dscores.T @ rows * width**-0.5, weights.T @ do
-        flat(grads["k"], i, kv)[:] += dkeys[:n]
-        flat(grads["v"], i, kv)[:] += dvalues[:n]
-        if extra_k is not None:
-            grads["extra_k"][i, :, kv] += dkeys[n:]
-            grads["extra_v"][i, :, kv] += dvalues[n:]
-        if rel_pos_bias is not None:
-            np.add.at(grads["rel_pos_bias"][j], tuple(index), dscores[:, :n])
-    return out, lse, grads
-
-
-def table(space, window, stride, dilation, is_causal) -> np.ndarray:
-    every = itertools.starmap(sees, zip(space, window, stride, dilation, is_causal, strict=True))
-    return functools.reduce(np.kron, every, np.ones((1, 1), bool))
 
 
 def draw(seed: int) -> tuple[dict, dict]:
@@ -146,7 +68,7 @@ def distance(seed: int, form: str) -> float:
     dout = normal(size=(b, *space, h, arrays["v"].shape[-1])).astype(np.float32)
     dlse = normal(size=(b, *space, h)).astype(np.float32)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time
+    @jax.jit
     def run(floats):
         found, pull = jax.vjp(call, floats)
         return found, pull((dout, dlse))[0]
@@ -182,80 +104,6 @@ def test_the_reference_sees_what_lists_of_positions_say():
             if stride <= window:
                 axis = (length, window, stride, dilation, causal)
                 assert np.array_equal(reference.seen(*axis), sees(*axis)), axis
-
-
-def natten_mask(torch, natten, space, window, stride, dilation, is_causal):
-    flex = natten.backends.flex
-    rank, n = len(space), math.prod(space)
-    given = [tuple(x) for x in (space, window, stride, dilation, is_causal)]
-    block = flex.get_na_flex_mask("cpu", rank, *given, q_shape=given[0], kv_shape=given[0])
-    index = torch.arange(n)
-    zero = torch.tensor(0)
-    return block.mask_mod(zero, zero, index[:, None], index[None, :]).numpy()
-
-
-def natten_draw(seed: int):
-    rng = random.Random(seed)
-    rank = rng.choice([1, 2, 3])
-    space = [rng.randint(2, (24, 9, 6)[rank - 1]) for _ in range(rank)]
-    window = [rng.randint(2, n) for n in space]
-    dilation = [rng.randint(1, n // w) for n, w in zip(space, window, strict=True)]
-    stride = [rng.randint(1, w) for w in window]
-    return space, window, stride, dilation, [rng.random() < 0.4 for _ in space]
-
-
-def check_natten(seed: int) -> None:
-    """Its flex path forward; its mask, torch's autograd and float64 for gradients."""
-    torch, natten, _ = need("torch", "natten", "natten.backends.flex")
-    space, window, stride, dilation, causal = natten_draw(seed)
-    seen = natten_mask(torch, natten, space, window, stride, dilation, causal)
-    assert np.array_equal(seen, table(space, window, stride, dilation, causal))
-    generator = torch.Generator().manual_seed(seed)
-    h, g, k = 2, 1 + seed % 2, 8
-    q, key, v, do = (torch.randn(2, *space, n, k, generator=generator) for n in (h, g, g, h))
-    dlse = torch.randn(2, *space, h, generator=generator)
-    options = {"stride": tuple(stride), "dilation": tuple(dilation), "is_causal": tuple(causal)}
-
-    wide = [x.double().requires_grad_() for x in (q, key, v)]
-    flat = [x.reshape(2, -1, x.shape[-2], k).repeat_interleave(h // x.shape[-2], 2) for x in wide]
-    scores = torch.einsum("bqhk,bshk->bhqs", flat[0], flat[1]) * k**-0.5
-    scores = scores.masked_fill(~torch.from_numpy(seen), float("-inf"))
-    want = torch.einsum("bhqs,bshk->bqhk", scores.softmax(-1), flat[2]).reshape(do.shape)
-    want_lse = scores.logsumexp(-1).transpose(1, 2).reshape(dlse.shape)
-    grads = torch.autograd.grad((want * do).sum() + (want_lse * dlse).sum(), wide)
-
-    @jax.jit
-    def run(*arrays):
-        call = functools.partial(neighborhood_attention, window=window, **options, return_lse=True)
-        found, pull = jax.vjp(call, *arrays)
-        return *found, *pull((do.numpy(), dlse.numpy()))
-
-    got = run(*(x.numpy() for x in (q, key, v)))
-    for ours, theirs in zip(got, (want, want_lse, *grads), strict=True):
-        assert relative(ours, theirs.detach().numpy()) <= 2e-6, (space, window, options)
-    whole = len(space) == 1 and window[0] == space[0] and causal[0]  # another kernel, not for CPUs
-    if not whole:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch deprecates what it calls
-            theirs = natten.functional.neighborhood_attention_generic(
-                q, key, v, kernel_size=tuple(window), **options, return_lse=True, backend="flex-fna"
-            )
-        for ours, other in zip(got[:2], theirs, strict=True):
-            assert relative(ours, other.numpy()) <= 4e-6
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("case", range(2))
-def test_equals_natten(case, seed):
-    check_natten(seed + case)
-
-
-@pytest.mark.oracle
-@pytest.mark.full
-@pytest.mark.parametrize("part", range(4))
-def test_equals_natten_everywhere(part, seed):
-    for case in range(10):
-        check_natten(seed + 100 + 10 * part + case)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -87,7 +87,7 @@ def test_the_definition_has_the_slopes_of_finite_differences(op, seed):
                 full[i] = x
             return jax.tree.leaves(function(*tree.unflatten(full), **kwargs, implementation="reference"))
 
-        check_grads(value, [leaves[i] for i in floats], order=1, modes=["rev"], eps=1e-6, rtol=1e-6)
+        check_grads(jax.jit(value), [leaves[i] for i in floats], order=1, modes=["rev"], eps=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("op, kernel", KERNELS)

@@ -36,6 +36,8 @@ def test_every_op_and_model_is_in_the_matrix():
     works = {(j.labels["name"], j.labels["part"], j.labels["case"]) for j in jobs if j.labels["kind"] == "model"}
     assert ("mamba2_2_7b", "train", "4x2048") in works
     assert ("mamba2_130m", "decode", "64") in works
+    assert ("nat_mini", "forward", "1x224x224") in works
+    assert ("digits_dinat", "train", "128x8x8") in works
     tasks = {j.target: j.task for j in jobs if j.labels["implementation"] == "xla" and j.labels["kind"] == "op"}
     assert (tasks["cpu"], tasks["tpu-v4"], tasks["rocm-gfx942"]) == ("run", "compile", "lower")
     assert {j.task for j in jobs if j.labels["implementation"] == "pallas_tpu" and j.target == "cpu"} == {"interpret"}

@@ -97,8 +97,18 @@ def test_a_training_step_reuses_the_state_it_is_given():
     assert hlo.memory(compiled)["alias"] == state
 
 
+def test_the_works_of_a_model_of_images():
+    forward, train = (programs.model("dinat", "digits_dinat", work, batch=3, length=8) for work in ("forward", "train"))
+    assert shapes(jax.eval_shape(forward.fn, *forward.args)) == ((3, 10), jnp.float32)
+    after, metrics = jax.eval_shape(train.fn, *train.args)
+    assert shapes(after) == shapes(train.args[0])
+    assert metrics["loss"].shape == ()
+    with pytest.raises(ValueError, match="work of dinat must be one of forward, train; got 'decode'"):
+        programs.model("dinat", "digits_dinat", "decode")
+
+
 def test_unknown_models_and_work():
     with pytest.raises(ValueError, match="no model called 'mamba3'; there are: mamba2"):
         programs.model("mamba3", TINY, "forward")
-    with pytest.raises(ValueError, match="work must be forward, prefill, decode or train; got 'serve'"):
+    with pytest.raises(ValueError, match="work of mamba2 must be one of forward, prefill, decode, train; got 'serve'"):
         programs.model("mamba2", TINY, "serve")

@@ -7,7 +7,8 @@ import pytest
 
 from portable.checks import CheckpointError, ConfigError, DataError
 from portable.training.classify import ImageBatches, ImageOptions, classify
-from portable.training.images import ImageSet, Preprocess, decode, read_digits, read_images
+from portable.training.image_files import decode
+from portable.training.images import ImageSet, Preprocess, read_digits, read_images
 from portable.training.plot import confusion_matrix
 from tests.oracles import need
 

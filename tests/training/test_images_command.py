@@ -11,6 +11,7 @@ import pytest
 from portable import models
 from portable.cli import main
 from portable.commands import _train_images
+from portable.models.nat import NATConfig
 from portable.training.classify import classify
 from portable.training.images import Preprocess, read_images
 from portable.training.log import read_log
@@ -186,6 +187,17 @@ def test_text_is_not_trained_from_a_model_of_images(folder, whole, tmp_path, cap
     assert "is NAT, a model of images: give --task image" in capsys.readouterr().err
 
 
+def new_config(size, classes):
+    """The configuration for grey images when nothing else is said."""
+    images = types.SimpleNamespace(preprocess=Preprocess(size, 1, 1.0, (0.0,), (1.0,)), classes=classes)
+    given = dict.fromkeys(("patch_size", "kernel_size", "depths", "embed_dim", "drop_path"))
+    return _train_images.new_config(types.SimpleNamespace(**given), images)
+
+
+def test_the_model_of_the_digits_in_the_matrix_is_the_one_that_is_trained():
+    assert NATConfig.digits_dinat() == new_config(8, tuple("0123456789"))
+
+
 @pytest.mark.parametrize(
     ("size", "patch", "sides", "dilations"),
     [
@@ -196,9 +208,7 @@ def test_text_is_not_trained_from_a_model_of_images(folder, whole, tmp_path, cap
     ],
 )
 def test_a_new_model_fits_its_images(size, patch, sides, dilations):
-    images = types.SimpleNamespace(preprocess=Preprocess(size, 1, 1.0, (0.0,), (1.0,)), classes=("a", "b"))
-    given = dict.fromkeys(("patch_size", "kernel_size", "depths", "embed_dim", "drop_path"))
-    config = _train_images.new_config(types.SimpleNamespace(**given), images)
+    config = new_config(size, ("a", "b"))
     assert (config.patch_size, len(config.depths), config.dilations) == (patch, sides, dilations)
     assert (config.num_channels, config.labels) == (1, ("a", "b"))
 

@@ -1,6 +1,5 @@
-"""Times a model's prefill, decode and training step on the device at hand."""
+"""Times a model's forward pass, decoding and training step on the device at hand."""
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,8 @@ from flax import nnx
 from portable.checks import PortableError
 from portable.commands._benchmark import timing
 from portable.generation import generate
+from portable.nn import fresh_state
+from portable.parity import numbers
 
 
 class Resumed(nnx.Module):
@@ -66,10 +67,10 @@ class GreedyLoop:
         return generate(self._resumed, self._prompts, max_new_tokens=self._count).tokens
 
 
-def read(model: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-    """Prefills [b, t] tokens; returns (logits of the last ones [b, v], state)."""
+def read(model: Any, tokens: jax.Array, room: int | None = None) -> tuple[jax.Array, Any]:
+    """Prefills [b, t] tokens; returns (logits of the last ones [b, v], state with room for so many, t unless given)."""
     b, t = tokens.shape
-    return model.prefill(tokens, jnp.full(b, t), model.init_state(b))
+    return model.prefill(tokens, jnp.full(b, t), fresh_state(model, b, room or t))
 
 
 def loss(model: Any, tokens: jax.Array) -> jax.Array:
@@ -86,12 +87,18 @@ def published(name: str) -> dict[str, Any]:
     """
     from portable import models
 
-    known = models.decoders()
+    known = models.MODELS
     if name not in known:
         raise PortableError(f"bench: there is no model or op called {name!r}; models: {', '.join(known)}.")
-    config = known[name][0]
+    config = known[name].config
     made = {n.removeprefix(f"{name}_"): getattr(config, n)() for n in dir(config) if n.startswith(f"{name}_")}
-    return dict(sorted(made.items(), key=lambda item: item[1].num_hidden_layers * item[1].hidden_size ** 2))
+
+    def size(config: Any) -> int:
+        if hasattr(config, "depths"):
+            return sum(config.depths) * config.embed_dim**2
+        return config.num_hidden_layers * config.hidden_size**2
+
+    return dict(sorted(made.items(), key=lambda item: size(item[1])))
 
 
 def build(name: str, size: str | None, folder: str | None, dtype: str, *, quick: bool) -> tuple[str, Any]:
@@ -102,12 +109,14 @@ def build(name: str, size: str | None, folder: str | None, dtype: str, *, quick:
     if folder is not None:
         return folder, models.load(folder, wide, compute_dtype=wide)
     sizes = published(name)
+    if not sizes:
+        raise PortableError(f"bench: {name} has no sizes to name here; give --model FOLDER.")
     size = size or next(iter(sizes))
     if size not in sizes:
         raise PortableError(f"bench: {name} has no published size {size!r}; there are: {', '.join(sizes)}.")
-    config = dataclasses.replace(sizes[size], num_hidden_layers=2) if quick else sizes[size]
+    config = numbers.shortened(sizes[size], 2) if quick else sizes[size]
     label = f"{name}-{size}, random weights" + (", its first 2 layers" if quick else "")
-    return label, models.MODELS[name][1](config, dtype=wide, param_dtype=wide, rngs=nnx.Rngs(0))
+    return label, models.MODELS[name].model(config, dtype=wide, param_dtype=wide, rngs=nnx.Rngs(0))
 
 
 def records(model: Any, *, batch: int, prompt: int, tokens: int, samples: int) -> Iterator[dict]:
@@ -116,7 +125,7 @@ def records(model: Any, *, batch: int, prompt: int, tokens: int, samples: int) -
     graph, weights = nnx.split(model)
 
     def prefill(weights, ids):
-        return read(nnx.merge(graph, weights), ids)
+        return read(nnx.merge(graph, weights), ids, prompt + tokens)
 
     yield _record("prefill", batch * prompt, timing.measure(prefill, weights, ids, samples=samples))
 
@@ -130,14 +139,31 @@ def records(model: Any, *, batch: int, prompt: int, tokens: int, samples: int) -
     yield _record("forward and backward", batch * prompt, timing.measure(train, weights, ids, samples=samples))
 
 
-def _record(task: str, tokens: int, runs: timing.Timing) -> dict[str, Any]:
+def image_records(model: Any, *, batch: int, pixels: int, samples: int) -> Iterator[dict]:
+    """Yields a record each for the forward pass and for training of [batch, pixels, pixels] images."""
+    images = jax.random.normal(jax.random.key(0), (batch, pixels, pixels, model.config.num_channels), model.dtype)
+    labels = jnp.arange(batch) % max(1, model.config.num_labels)
+    graph, weights, rest = nnx.split(model, nnx.Param, ...)
+
+    def forward(weights, images):
+        return nnx.merge(graph, weights, rest)(images)
+
+    def loss(weights, images):
+        return optax.softmax_cross_entropy_with_integer_labels(forward(weights, images), labels).mean()
+
+    train = jax.value_and_grad(loss)
+    for task, program in (("forward", forward), ("forward and backward", train)):
+        yield _record(task, batch, timing.measure(program, weights, images, samples=samples), "image")
+
+
+def _record(task: str, count: int, runs: timing.Timing, unit: str = "token") -> dict[str, Any]:
     return {
         "task": task,
-        "tokens": tokens,
+        f"{unit}s": count,
         "ms": 1e3 * runs.median,
         "samples_s": runs.seconds,
-        "tokens_per_s": tokens / runs.median,
-        "ms_per_token": 1e3 * runs.median / tokens,
+        f"{unit}s_per_s": count / runs.median,
+        f"ms_per_{unit}": 1e3 * runs.median / count,
         "compile_s": runs.compile_seconds,
         "temporary_mib": None if runs.temporary_bytes is None else runs.temporary_bytes / 2**20,
     }

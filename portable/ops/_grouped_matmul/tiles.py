@@ -109,7 +109,27 @@ def _product_of_matrix(matrices, i: int, x, transposed: bool = False):
 
 
 def _product_of_slice(weights, e, i: int, x, transposed: bool = False):
-    return _product_of_matrix([w[e] for w in weights[i : i + 1]], 0, x, transposed)
+    w = weights[i]
+    _, d, f = w.shape
+    pieces = _pieces(d, f * w.dtype.itemsize)
+    if x.shape[0] > 8 or transposed or pieces == 1:
+        return _product_of_matrix((w[e],), 0, x, transposed)
+
+    # A few rows wait for the matrix: copied piece by piece, it never leaves the cache.
+    def add(p, y):
+        part = lax.dynamic_slice(w, (e, p * (d // pieces), 0), (1, d // pieces, f))[0]
+        return y + _product_of_matrix((part,), 0, lax.dynamic_slice_in_dim(x, p * (d // pieces), d // pieces, 1))
+
+    zero = jnp.zeros((x.shape[0], f), accumulator(x))
+    return lax.fori_loop(0, pieces, add, vary_together_like(x, zero)[0])
+
+
+def _pieces(d: int, row: int) -> int:
+    """Returns into how many equal pieces of at least half a MiB a matrix of d rows of this many bytes is cut."""
+    pieces = 1
+    while d % (2 * pieces) == 0 and d * row // (2 * pieces) >= 2**19:
+        pieces *= 2
+    return pieces
 
 
 def _product_of_chosen(weights, e, i: int, x, transposed: bool = False):

@@ -42,8 +42,7 @@ def _case(
         w_down = normal(keys[5], e, f, d) / f**0.5
         experts = [w.astype(dtype) for w in (w_gate, w_up, w_down)]
         experts = [tuple(w) for w in experts] if apart else experts
-        if not gated:
-            experts[0] = None
+        experts = experts if gated else [None, *experts[1:]]
         kwargs = dict(options)
         if biases:
             made = {"b_gate": normal(keys[6], e, f), "b_up": normal(keys[7], e, f), "b_down": normal(keys[8], e, d)}

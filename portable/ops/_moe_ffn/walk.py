@@ -15,10 +15,13 @@ from portable.selection import Impl
 def implementation(sizes: tuple[int, ...], buckets: tuple[int, ...]) -> Impl:
     """Returns the implementation that walks tiles of these sizes, and sums gradients over these numbers of rows."""
 
-    def outer(*args):
-        return tiles.outer(*args, buckets)
+    def matmul(rows, w, group_sizes, transposed):
+        return tiles.matmul(rows, w, group_sizes, sizes, transposed)
 
-    engine = compose.Engine(lambda *args: tiles.matmul(*args[:3], sizes, args[3]), outer)
+    def outer(rows, slopes, group_sizes, dtype, i):
+        return tiles.outer(rows, slopes, group_sizes, dtype, i, buckets)
+
+    engine = compose.Engine(matmul, outer)
     return Impl(
         fwd=lambda *arrays, **options: _forward(sizes, False, *arrays, **options)[0],
         save=functools.partial(_forward, sizes, True),
@@ -105,5 +108,5 @@ def _backward(engine: compose.Engine, sizes: tuple[int, ...], residuals, cotange
     real = (jnp.arange(rows) < plan.group_sizes.sum())[:, None]
     dy = jnp.where(real, dout[plan.token].astype(wide) * weight[:rows, None], 0).astype(dtype)
     dgate, dup = (None, *slopes) if len(slopes) == 1 else slopes
-    cut = [None if s is None else s[:rows] for s in (hidden, dgate, dup)]
-    return compose.finish_bwd(engine, a, plan, *cut, dy, dweight[:rows], dx[:rows])
+    hidden, dgate, dup = (None if s is None else s[:rows] for s in (hidden, dgate, dup))
+    return compose.finish_bwd(engine, a, plan, hidden, dgate, dup, dy, dweight[:rows], dx[:rows])

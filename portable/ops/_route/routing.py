@@ -1,12 +1,15 @@
 """What a router decides, and what the experts' op reads: which experts take which tokens, and with what weight."""
 
 import dataclasses
+import typing
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
+@typing.no_type_check  # JAX also holds shapes, shardings and tangents in these fields
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """Each token's experts.
@@ -28,6 +31,7 @@ class Routing:
 
 
 @jax.tree_util.register_dataclass
+@typing.no_type_check  # JAX also holds shapes, shardings and tangents in these fields
 @dataclasses.dataclass(frozen=True)
 class ExpertChoice:
     """Each expert's tokens (Zhou et al. 2022, arXiv:2202.09368, equation 1).
@@ -42,3 +46,17 @@ class ExpertChoice:
     weights: Float[Array, "e c"]
     logits: Float[Array, "*tokens e"] | None = None
     scores: Float[Array, "*tokens e"] | None = None
+
+
+def pick(values: Float[Array, "*tokens e"], indices: Int[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+    """Returns the values at the indices, 0 at an index beyond them.
+
+    A comparison with every expert instead of a gather: its transpose is a sum over choices, not a scatter.
+    """
+    chosen = indices[..., None] == jnp.arange(values.shape[-1])
+    return jnp.where(chosen, values[..., None, :], 0).sum(-1)
+
+
+def spread(weights: Float[Array, "*tokens k"], indices: Int[Array, "*tokens k"], e: int) -> Float[Array, "*tokens e"]:
+    """Returns each expert's weight, the transpose of `pick`."""
+    return jnp.where(indices[..., None] == jnp.arange(e), weights[..., None], 0).sum(-2)
