@@ -150,6 +150,11 @@ def batchable(fn: Callable) -> Callable:
     return fn if _interpreting else rule
 
 
+def mapped_in_turn(fn: Callable) -> Callable:
+    """Gives a function of arrays that share no axis a rule for vmap: its calls follow each other."""
+    return fn if _interpreting else jax.custom_batching.sequential_vmap(fn)
+
+
 # The interpreter. Triton decides when a kernel is decorated whether it is interpreted, so that happens in a process
 # of its own, which runs the host's code unchanged: only `call` differs.
 

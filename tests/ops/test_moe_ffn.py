@@ -109,11 +109,11 @@ for FORM in (None, "xla_large_tiles"):
     over = jax.shard_map(local, mesh=mesh, in_specs=(tokens,) * 3 + (whole,) * 3, out_specs=tokens)
 
     def slopes(f):
-        loss = lambda x, weights, *experts: jnp.sum(jnp.sin(f(x, routing.indices, weights, *experts)))
+        loss = lambda x, weights, *experts: jnp.sum(f(x, routing.indices, weights, *experts) ** 2)
         return jax.jit(jax.grad(loss, argnums=range(5)))(x, routing.weights, gate, up, down)
 
     for got, want in zip(slopes(over), slopes(local), strict=True):
-        assert relative(got, want) <= 5e-6
+        assert relative(got, want) <= 2e-6
 print("agree")
 """
 

@@ -27,7 +27,8 @@ def grouped_matmul(
       w: [e, d, f], a matrix for each group; or e arrays [d, f], which a CPU multiplies with where they lie: of a
         stacked one it reads a copy of each group's matrix.
       group_sizes: [e], integers; their sum is at most m.
-      implementation: "reference", "xla" (the platform's form) or "xla_small_tiles", "xla_large_tiles", "xla_ragged".
+      implementation: "reference", "xla" (the platform's form) or "xla_small_tiles", "xla_large_tiles", "xla_ragged";
+        "pallas_tpu", "triton" (a stacked w).
 
     Returns:
       [m, f] in x's dtype; rows behind the last group are 0.

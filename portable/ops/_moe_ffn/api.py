@@ -51,7 +51,7 @@ def moe_ffn(
       b_gate, b_up, b_down: biases.
       capacity: the most choices an expert takes, the first in order of tokens; the rest are dropped. None takes all.
       implementation: "reference", "xla" (the platform's form), or "xla_small_tiles", "xla_large_tiles", "xla_ragged",
-        "xla_capacity" (needs a capacity).
+        "xla_capacity" (needs a capacity); "pallas_tpu", "triton" (stacked arrays).
 
     Returns:
       [*tokens, d] in x's dtype; 0 for a token all of whose choices are empty.
