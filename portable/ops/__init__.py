@@ -33,5 +33,15 @@ from portable.ops._route.placement import simple_experts as simple_experts
 from portable.ops._route.presets import route_options as route_options
 from portable.ops._route.routing import ExpertChoice as ExpertChoice
 from portable.ops._route.routing import Routing as Routing
+from portable.ops._sparse_selection.common import block_means as block_means
+from portable.ops._sparse_selection.compressed import select_infllm as select_infllm
+from portable.ops._sparse_selection.compressed import select_nsa as select_nsa
+from portable.ops._sparse_selection.indexer import select_dsa as select_dsa
+from portable.ops._sparse_selection.indexer import select_hisa as select_hisa
+from portable.ops._sparse_selection.kmeans import KMeans as KMeans
+from portable.ops._sparse_selection.kmeans import kmeans as kmeans
+from portable.ops._sparse_selection.kmeans import kmeans_assign as kmeans_assign
+from portable.ops._sparse_selection.moba import moba_snr as moba_snr
+from portable.ops._sparse_selection.moba import select_moba as select_moba
 from portable.ops._ssd.api import ssd as ssd
 from portable.ops._ssd_step.api import ssd_step as ssd_step

@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 from portable import selection
 from portable.ops._arguments import (
     accumulator,
-    check_array,
     check_float,
     check_groups,
     check_positions,

@@ -5,8 +5,22 @@ import jax.numpy as jnp
 
 
 def _case(
-    b, t, h, k, g=None, *, n, blocks=(16, 16), s=None, v=None, lists=None, empty=0.2, dtype=jnp.float32, size=1.0, **options
-):  # fmt: skip
+    b,
+    t,
+    h,
+    k,
+    g=None,
+    *,
+    n,
+    blocks=(16, 16),
+    s=None,
+    v=None,
+    lists=None,
+    empty=0.2,
+    dtype=jnp.float32,
+    size=1.0,
+    **more,
+):
     """Returns a function of a seed that makes (args, kwargs); `size` multiplies q.
 
     Lists are random: blocks come twice, behind the query and not at all (a share of `empty` is padding, the whole list
@@ -15,7 +29,7 @@ def _case(
     """
     s, g, h_sel = t if s is None else s, g or h, lists or h
     block_q, block_k = blocks
-    options = {"block_q": block_q, "block_k": block_k, "is_causal": True, "return_lse": True} | options
+    options = {"block_q": block_q, "block_k": block_k, "is_causal": True, "return_lse": True} | more
     permuted, segments, decoder = (options.pop(name, False) for name in ("permuted", "segments", "decoder"))
 
     def make(seed: int = 0):

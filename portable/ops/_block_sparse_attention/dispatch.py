@@ -239,7 +239,9 @@ def _forward(setting: Setting, *arrays, **options):
 
         out, sums = jax.lax.fori_loop(0, p.tiles, body, (c.zeros(*shape, a.v.shape[-1]), c.zeros(*shape, 2)))
         chosen = (sets >= 0)[..., None]
-        highest, total = (jnp.where(chosen, x, y) for x, y in zip(_last(c.of_pairs(sums, p)), (-jnp.inf, 0), strict=True))
+        highest, total = (
+            jnp.where(chosen, x, y) for x, y in zip(_last(c.of_pairs(sums, p)), (-jnp.inf, 0), strict=True)
+        )
         top = highest.max(2)
         share = jnp.exp(highest - jnp.where(top == -jnp.inf, 0, top)[:, :, None])
         total = (share * total).sum(2)

@@ -66,9 +66,7 @@ class _Call:
             by_query["position"] = own if a.q_positions is None else a.q_positions
             by_key["position"] = a.kv_positions
         self.by_query = {name: s.by_query(x) for name, x in by_query.items() if x is not None}
-        self.by_key = {
-            name: s.by_key(x).reshape(s.b * s.nk, block_k) for name, x in by_key.items() if x is not None
-        }
+        self.by_key = {name: s.by_key(x).reshape(s.b * s.nk, block_k) for name, x in by_key.items() if x is not None}
 
     def rows(self, x):
         """[b, t, h, d] -> [b * m, nq, r * i, d]."""
@@ -81,7 +79,7 @@ class _Call:
         return x.reshape(-1, *x.shape[2:])
 
     def over(self, body, carry, *by_rows):
-        """Runs body(carry, step, *rows) -> (carry, arrays [a, u, ...]) over all steps; returns (carry, [b * m, nq, ...]).
+        """Runs body(carry, step, *rows) -> (carry, [a, u, ...] each) over all steps; returns (carry, [b * m, nq, ...]).
 
         Args:
           body: of a carry, a `_Step` and the step's part of each of `by_rows`.
