@@ -8,6 +8,7 @@ from flax import nnx
 
 from portable import nn, ops
 from portable.parity.numbers import relative
+from tests.ops.sparse_definition import sets
 
 HEADS = {"num_heads": 4, "num_kv_heads": 2}
 LAYERS = {
@@ -107,3 +108,23 @@ def test_what_has_no_meaning_is_refused(name):
         layer(inputs(0), return_state=True)
     with pytest.raises(ValueError, match=f"{name}: the state holds 3 positions"):
         layer(inputs(0), state=layer.init_state(2, 3))
+
+
+@pytest.mark.parametrize("blocks", [None, 2])
+def test_the_indexer_chooses_token_by_token_what_it_chooses_at_once(blocks, seed):
+    options = {"num_heads": 2, "head_dim": 8, "top_k": 5, "rope": nn.Rotary(dims=4)}
+    options |= {} if blocks is None else {"block_size": 4, "blocks": blocks}
+    indexer, u = nn.SparseIndexer(16, **options, rngs=nnx.Rngs(0)), inputs(seed)
+    graphdef, weights = nnx.split(indexer)
+    want = sets(jax.jit(lambda w, u: nnx.merge(graphdef, w)(u))(weights, u))
+    assert len(want[0, 0, 22]) == 5
+    step = jax.jit(lambda w, u, state: nnx.merge(graphdef, w)(u, state=state))
+    state = indexer.init_state(2, 26)
+    for i in range(u.shape[1]):
+        found, state = step(weights, u[:, i : i + 1], state)
+        for row in range(2):
+            assert sets(found)[row, 0, 0] == want[row, 0, i]
+    found, state = indexer(u[:, :9], state=indexer.init_state(2, 26), lengths=jnp.array([9, 4]))
+    found, state = step(weights, jnp.stack([u[:1, 9], u[1:, 4]])[:, 0][:, None], state)
+    assert [sets(found)[row, 0, 0] for row in range(2)] == [want[0, 0, 9], want[1, 0, 4]]
+    np.testing.assert_array_equal(state.length, [10, 5])

@@ -1,0 +1,45 @@
+"""The kernels of `block_sparse_attention`: what they refuse, and that vmap keeps them; values are in test_parity."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import portable
+from portable.ops._block_sparse_attention.api import prepare
+from portable.ops._block_sparse_attention.cases import CASES, SIZES, _case
+from portable.pallas_kernels.gpu import block_sparse_attention as triton
+from portable.pallas_kernels.tpu import block_sparse_attention as pallas
+
+
+@pytest.mark.parametrize(
+    "kernel, case, sentence",
+    [
+        (pallas, _case(1, 32, 2, 8, n=2, dtype=jnp.float16), "it needs float32 or bfloat16; got float16."),
+        (pallas, CASES["single_keys"], "it needs blocks of at least 8 keys; got block_k=1."),
+        (pallas, SIZES["minicpm4"], "the lists must fit into a TPU's scalar memory, 65536 numbers; got block_indices"),
+        (pallas, _case(1, 64, 2, 8, n=1, blocks=(2048, 1024)), "have at most 1048576 pairs; got 2048 and 1024."),
+        (pallas, CASES["no_keys"], "it needs at least one element; got q [1, 5, 2, 8], k [1, 0, 2, 8]"),
+        (triton, _case(1, 32, 2, 160, n=2), "it takes widths up to 128; got q [1, 32, 2, 160]"),
+        (triton, _case(1, 99, 2, 8, n=2, blocks=(65, 16)), "up to 64 queries that share a list and 64 keys a block in"),
+        (triton, CASES["no_room"], "it needs at least one element"),
+    ],
+)
+def test_limits_are_told(kernel, case, sentence):
+    shapes = jax.eval_shape(lambda: case(0)[0])
+    arrays, options = prepare(*shapes, **{k: v for k, v in case(0)[1].items() if k != "return_lse"})
+    reason = getattr(kernel, "refuses", kernel.why_not)(*arrays, **options)
+    assert reason is not None
+    assert re.search(re.escape(sentence), reason), reason
+
+
+def test_under_vmap_for_a_tpu():
+    args, kwargs = CASES["groups"](0)
+    twice = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), args)
+
+    def loss(*args):
+        return portable.ops.block_sparse_attention(*args, **kwargs, implementation="pallas_tpu")[0].sum()
+
+    text = jax.jit(jax.vmap(jax.grad(loss))).trace(*twice).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 3  # forward, and the gradients of queries and of keys
