@@ -132,31 +132,32 @@ def test_a_list_is_a_set():
 
 
 def test_what_is_not_selected_is_not_read():
-    q, k, v = normal(0, 1, 32, 2, 8), normal(1, 1, 32, 2, 8), normal(2, 1, 32, 2, 8)
-    chosen = jnp.array([0, 0, 0, 3])[None, None, :, None]
-    options = {"block_q": 8, "block_k": 8, "is_causal": True}
+    q, k, v = normal(0, 1, 128, 2, 8), normal(1, 1, 128, 2, 8), normal(2, 1, 128, 2, 8)
+    chosen = jnp.array([0, 0, 0, 0, 0, 0, 0, 7])[None, None, :, None]
+    options = {"block_q": 16, "block_k": 16, "is_causal": True}
     want = block_sparse_attention(q, k, v, chosen, **options)
-    k, v = (x.at[:, 8:24].set(jnp.nan) for x in (k, v))
+    k, v = (x.at[:, 16:112].set(jnp.nan) for x in (k, v))
     for form in ("xla_gather", "xla_dispatch"):
         np.testing.assert_allclose(
             block_sparse_attention(q, k, v, chosen, **options, implementation=form), want, atol=1e-6
         )
-    spoiled = block_sparse_attention(q, k.at[0, 25].set(jnp.nan), v, chosen, **options)
-    np.testing.assert_array_equal(np.isnan(spoiled).any((0, 2, 3)), np.arange(32) >= 25)  # it shows where it is seen
+    spoiled = block_sparse_attention(q, k.at[0, 115].set(jnp.nan), v, chosen, **options)
+    np.testing.assert_array_equal(np.isnan(spoiled).any((0, 2, 3)), np.arange(128) >= 115)  # it shows where it is seen
 
 
 def test_indices_out_of_range():
-    q, k, v = normal(0, 1, 16, 1, 8), normal(1, 1, 16, 1, 8), normal(2, 1, 16, 1, 8)
-    wrong, right = (jnp.array(x, jnp.int32)[None, None] for x in ([[0, 2], [-7, 1]], [[0, -1], [-1, 1]]))
-    call = functools.partial(block_sparse_attention, block_q=8, block_k=8, is_causal=False)
-    with pytest.raises(ValueError, match="block_indices must lie from 0 to 1, the blocks of 8 of s=16 keys, or be -1"):
+    q, k, v = normal(0, 1, 64, 1, 8), normal(1, 1, 64, 1, 8), normal(2, 1, 64, 1, 8)
+    lists = [[0, 4], [-7, 1], [99, 2], [3, 3]], [[0, -1], [-1, 1], [-1, 2], [3, -1]]
+    wrong, right = (jnp.array(x, jnp.int32)[None, None] for x in lists)
+    call = functools.partial(block_sparse_attention, block_q=16, block_k=16, is_causal=False)
+    with pytest.raises(ValueError, match="block_indices must lie from 0 to 3, the blocks of 16 of s=64 keys, or be -1"):
         call(q, k, v, wrong)
     for form in ("reference", "xla_gather", "xla_dispatch"):
         run = jax.jit(functools.partial(call, implementation=form))
         np.testing.assert_allclose(run(q, k, v, wrong), run(q, k, v, right), atol=1e-6)
     with portable.checks():
         error, _ = jax.jit(checkify.checkify(call))(q, k, v, wrong)
-        with pytest.raises(checkify.JaxRuntimeError, match="block_indices must lie from 0 to 1"):
+        with pytest.raises(checkify.JaxRuntimeError, match="block_indices must lie from 0 to 3"):
             error.throw()
         jax.jit(checkify.checkify(call))(q, k, v, right)[0].throw()
 

@@ -31,6 +31,12 @@ class Saved(NamedTuple):
     highest: Any
     total: Any
 
+    @property
+    def results(self) -> tuple[Any, Any]:
+        """The result and the log-sum-exp."""
+        some = self.total != 0
+        return self.out, jnp.where(some, self.highest + jnp.log(jnp.where(some, self.total, 1)), -jnp.inf)
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:

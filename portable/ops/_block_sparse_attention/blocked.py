@@ -69,9 +69,9 @@ class _Call:
         s = Blocks.of(a, block_q, block_k)
         given, see, _ = self._given(a, s, is_causal)
         out, highest, total = self.core.attend(*given, see, scale)
-        out = s.tokens(out[:, :, :, : s.rows])
-        highest, total = (s.token_numbers(x[:, :, :, : s.rows]) for x in (highest, total))
-        return (out, highest + jnp.log(total)), Saved(out, highest, total)
+        numbers = (s.token_numbers(x[:, :, :, : s.rows]) for x in (highest, total))
+        saved = Saved(s.tokens(out[:, :, :, : s.rows]), *numbers)
+        return saved.results, saved
 
     def bwd(self, residuals, cotangents, *, block_q: int, block_k: int, is_causal: bool, scale: float):
         """The kernels compute the weights anew."""

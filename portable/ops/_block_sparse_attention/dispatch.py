@@ -250,8 +250,8 @@ def _forward(setting: Setting, *arrays, **options):
         return carry, (out.astype(a.q.dtype), top, total)
 
     _, (out, highest, total) = c.over(part, None, c.lists(sets), c.rows(a.q))
-    out, highest, total = s.tokens(out), s.token_numbers(highest), s.token_numbers(total)
-    return (out, highest + jnp.log(total)), Saved(out, highest, total)
+    saved = Saved(s.tokens(out), s.token_numbers(highest), s.token_numbers(total))
+    return saved.results, saved
 
 
 def _last(x):

@@ -166,7 +166,8 @@ def _forward(scores: int, *arrays, **options):
         (b, t, h, _), width = a.q.shape, a.v.shape[-1]
         highest = jnp.full((b, h, t), -jnp.inf, accumulator(a.q, a.k, a.v))
         out, highest = vary_together(a.q, jnp.zeros((b, t, h, width), a.q.dtype), highest)[1:]
-        return (out, highest), Saved(out, highest, jnp.zeros_like(highest))
+        saved = Saved(out, highest, jnp.zeros_like(highest))
+        return saved.results, saved
     c = _Call(scores, arrays, **options)
     s, a = c.s, c.a
 
@@ -179,9 +180,8 @@ def _forward(scores: int, *arrays, **options):
         return carry, (out.astype(a.q.dtype), highest[..., 0], total[..., 0])
 
     _, (out, highest, total) = c.over(body, None, c.rows(a.q))
-    out = s.tokens(out)
-    highest, total = s.token_numbers(highest), s.token_numbers(total)
-    return (out, highest + jnp.log(total)), Saved(out, highest, total)
+    saved = Saved(s.tokens(out), s.token_numbers(highest), s.token_numbers(total))
+    return saved.results, saved
 
 
 def _backward(scores: int, residuals, cotangents, **options):

@@ -86,12 +86,17 @@ def kmeans(
     flat, start = x.reshape(-1, n, d), centroids.astype(wide).reshape(-1, clusters, d)
 
     def one(points, start):
-        def iterate(_, centroids):
-            return _updated(centroids, *_pass(points, centroids, True)[2:])
+        centre = points.astype(wide).mean(0)
 
-        centroids = jax.lax.fori_loop(0, iterations, iterate, *vary_together(start, points)[:1])
-        assignments, inertia, _, counts = _pass(points, centroids, False)
-        return KMeans(centroids, assignments, counts, inertia)
+        def iterate(_, centroids):
+            sums, counts = _streamed(points, centroids, centre, keep=True)
+            some = (counts > 0)[:, None]
+            return jnp.where(some, sums / jnp.where(some, counts[:, None], 1) + centre, centroids)
+
+        centroids = jax.lax.fori_loop(0, iterations, iterate, vary_together(start, points)[0])
+        nearest, distance = _streamed(points, centroids, centre)
+        counts = jnp.zeros((clusters,), jnp.int32).at[nearest].add(1)
+        return KMeans(centroids, nearest, counts, distance.sum())
 
     found = jax.lax.map(lambda given: one(*given), (flat, start)) if flat.shape[0] != 1 else None
     if found is None:
@@ -124,7 +129,7 @@ def kmeans_assign(
     centroids = _centroids("kmeans_assign", centroids, x)
     rows, (n, d) = x.shape[:-2], x.shape[-2:]
     flat = x.reshape(-1, n, d), centroids.astype(accumulator(x)).reshape(-1, *centroids.shape[-2:])
-    found, distance = jax.lax.map(lambda given: _streamed(*given)[:2], flat)
+    found, distance = jax.lax.map(lambda given: _streamed(*given, given[0].astype(accumulator(x)).mean(0)), flat)
     return found.reshape(*rows, n), distance.reshape(*rows, n)
 
 
@@ -133,7 +138,7 @@ def _points(op: str, x):
     if x.ndim < 2:
         raise ValueError(f"{op}: x must be [*rows, n, d]; got shape {list(x.shape)}.")
     check_float(op, x=x)
-    finite = lambda a: (a - a) == 0  # noqa: E731 - for numpy and jax alike
+    finite = lambda a: abs(a) < float("inf")  # noqa: E731 - for numpy and jax alike; NaN is not
     check_values(finite, f"{op}: points must be finite; got NaN or infinity. A mean of such points is none.", x)
     return jax.lax.stop_gradient(x)
 
@@ -150,51 +155,37 @@ def _centroids(op: str, centroids, x):
     return jax.lax.stop_gradient(centroids)
 
 
-def _updated(centroids, sums, counts):
-    some = (counts > 0)[:, None]
-    return jnp.where(some, sums / jnp.where(some, counts[:, None], 1), centroids)
+def _streamed(x, centroids, centre, keep: bool = False):
+    """Returns (nearest [n], squared distances [n]), or (sums [clusters, d], counts [clusters]) if `keep`.
 
-
-def _streamed(x, centroids, keep: bool = False):
-    """Returns (nearest [n], squared distances [n], sums [clusters, d], counts [clusters]), the last two if `keep`."""
+    Sums are of points less `centre`, around which distances are taken too: squares of points far from zero would drown
+    what sets them apart.
+    """
     (n, d), clusters = x.shape, centroids.shape[0]
     wide = accumulator(x)
     size = max(1, min(n, SCORES // clusters))
-    trips = -(-n // size)
-    parts = jnp.pad(x, ((0, trips * size - n), (0, 0))).reshape(trips, size, d)
-    # Around their mean: squares of points far from zero would drown what sets them apart.
-    centre = centroids.mean(0)
     centroids = centroids - centre
     half = 0.5 * jnp.einsum("cd,cd->c", centroids, centroids)
     number = jnp.arange(clusters, dtype=jnp.int32)
 
-    def tile(carry, given):
-        i, points = given
-        points = points.astype(wide) - centre
+    def tile(carry, i):
+        start = jnp.minimum(i * size, n - size)  # the last tile begins in the one before
+        points = jax.lax.dynamic_slice_in_dim(x, start, size).astype(wide) - centre
         # Half the squared distance, less what a point's distances have in common.
         apart = half - jnp.einsum("nd,cd->nc", points, centroids, precision=jax.lax.Precision.HIGHEST)
         least = apart.min(-1)
         nearest = jnp.where(apart == least[:, None], number, clusters).min(-1)
-        distance = jnp.maximum(0, 2 * least + jnp.einsum("nd,nd->n", points, points))
         if keep:
             sums, counts = carry
-            real = i * size + jnp.arange(size) < n
-            at = jnp.where(real, nearest, clusters)
-            sums = sums.at[at].add(points, mode="drop")
-            carry = sums, counts.at[at].add(1, mode="drop")
-        return carry, (nearest, distance)
+            fresh = start + jnp.arange(size) >= i * size
+            at = jnp.where(fresh, nearest, clusters)
+            return (sums.at[at].add(points, mode="drop"), counts.at[at].add(1, mode="drop")), None
+        distance = jnp.maximum(0, 2 * least + jnp.einsum("nd,nd->n", points, points))
+        put = jax.lax.dynamic_update_slice_in_dim
+        return tuple(put(x, part, start, 0) for x, part in zip(carry, (nearest, distance), strict=True)), None
 
-    empty = (jnp.zeros((clusters, d), wide), jnp.zeros((clusters,), jnp.int32)) if keep else ()
-    empty = vary_together(x, *empty)[1:]
-    carry, (nearest, distance) = jax.lax.scan(tile, tuple(empty), (jnp.arange(trips), parts))
-    return nearest.reshape(-1)[:n], distance.reshape(-1)[:n], *carry, centre
-
-
-def _pass(x, centroids, keep: bool):
-    """Returns (assignments, inertia, sums, counts); without `keep` no sums."""
-    nearest, distance, *carry, centre = _streamed(x, centroids, keep)
-    if keep:
-        sums, counts = carry
-        return nearest, distance.sum(), sums + counts[:, None] * centre, counts
-    counts = jnp.zeros((centroids.shape[0],), jnp.int32).at[nearest].add(1)
-    return nearest, distance.sum(), None, counts
+    shapes = ((clusters, d), wide), ((clusters,), jnp.int32)
+    if not keep:
+        shapes = ((n,), jnp.int32), ((n,), wide)
+    empty = vary_together(x, *(jnp.zeros(*shape) for shape in shapes))[1:]
+    return jax.lax.scan(tile, tuple(empty), jnp.arange(-(-n // size)))[0]
