@@ -251,7 +251,7 @@ import functools, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from portable.ops import block_sparse_attention
 
-mesh = jax.make_mesh((2, 2), ("data", "model"))
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
 q, k, v = normal(0, 2, 20, 4, 8), normal(1, 2, 20, 2, 8), normal(2, 2, 20, 2, 8)
 for form, block_q in (("xla_gather", 4), ("xla_dispatch", 1)):
