@@ -1,18 +1,16 @@
 """`block_sparse_attention` and its selectors on a processor, beside the library's own causal attention; k-means.
 
 8 heads of queries and 2 of keys, width 64, float32. Each query meets 17 blocks of 64 keys where there are as many: at
-16k tokens 87 % of the blocks on or below the diagonal are left out. Programs of a phase take turns in one process; a
-ratio is one of medians of wall time, of value and gradients together unless it says otherwise.
+16k tokens 87 % of the blocks on or below the diagonal are left out. Times are of value and gradients together unless a
+row says otherwise. See `harness.phases` for how it measures.
 
     pip install -e '.[train]'                           # for scikit-learn
-    python benchmarks/sparse_attention.py               # every phase, about twenty minutes on two cores
+    python benchmarks/sparse_attention.py               # every phase, about half an hour on two cores
     python benchmarks/sparse_attention.py kmeans        # one phase; its results replace those it had
     python benchmarks/sparse_attention.py --show        # the table of the committed results
 """
 
-import argparse
 import functools
-import json
 import pathlib
 import sys
 import warnings
@@ -22,17 +20,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import measure, report
+from flax import nnx
+from harness import phases, report
+from harness.phases import compiled, ratio, run, take_turns
 
-from portable import ops
+from portable import nn, ops
 from portable.parity import hlo
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "sparse_attention.json"
-OTHERS = ("minima", "processor time")
 HEADS, GROUPS, WIDTH, BLOCK, COUNT = 8, 2, 64, 64, 17
 LENGTH, LENGTHS = 16384, (1024, 2048, 4096, 8192, 16384)
-SPEED_BAR, KMEANS_BAR, MEMORY_BAR = 3.0, 3.0, 1 / 20
+SPEED_BAR, KMEANS_BAR, MEMORY_BAR, DECODE_BAR = 3.0, 3.0, 1 / 20, 1 / 4
+CACHED = 65536
 POINTS, CLUSTERS = 100_000, 1024
 
 
@@ -109,34 +109,6 @@ METHODS = {
 }
 
 
-def compiled(fn: Callable, *args: Any) -> tuple[Callable, dict[str, int]]:
-    """Returns a run of a compiled program, and its memory by kind."""
-    done = jax.jit(fn).lower(*args).compile()
-    return functools.partial(done, *args), hlo.memory(done)
-
-
-def take_turns(programs: dict[str, Callable], rounds: int) -> dict[str, dict[str, Any]]:
-    """Runs each once to warm up, then in turns; returns seconds, wall and processor, of each."""
-    names, found = list(programs), {name: {"wall": [], "cpu": []} for name in programs}
-    for name in names:
-        jax.block_until_ready(programs[name]())
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            taken = measure.timed(lambda name=name: jax.block_until_ready(programs[name]()))
-            for which, seconds in taken.items():
-                found[name][which].append(seconds)
-        print(f"  round {i + 1} of {rounds}", file=sys.stderr)
-    return {name: {which: measure.summary(x) for which, x in both.items()} for name, both in found.items()}
-
-
-def over(what: str, ours: dict, against: str, theirs: dict, bar: float | None) -> report.Row:
-    """Returns the row of how many times faster we are."""
-    ratio = lambda which, of: theirs[which][of] / ours[which][of]  # noqa: E731
-    others = {"minima": ratio("wall", "min"), "processor time": ratio("cpu", "median")}
-    texts = f"{1e3 * ours['wall']['median']:.1f} ms", against, f"{1e3 * theirs['wall']['median']:.1f} ms"
-    return report.Row(what, *texts, ratio("wall", "median"), ">=", bar, others=others)
-
-
 def judged(rounds: int) -> Iterator[list[report.Row]]:
     """16k tokens, selection given and included; memory."""
     given = arrays(LENGTH)
@@ -150,14 +122,16 @@ def judged(rounds: int) -> Iterator[list[report.Row]]:
     cases["selected by MoBA, 64 queries"] = (METHODS["blocks of 64 queries"],)
     cases["selected by MoBA, a query"] = (moba,)
     for name, (fn, *rest) in cases.items():
-        programs[name], memory[name] = compiled(with_gradients(fn), *given, *rest)
-        print(name, {k: f"{v / 2**20:.0f} MiB" for k, v in memory[name].items()}, file=sys.stderr)
+        programs[name], done, seconds = compiled(with_gradients(fn), *given, *rest)
+        memory[name] = hlo.memory(done)
+        print(f"{name}: compiled in {seconds:.0f} s", file=sys.stderr)
     times = take_turns(programs, rounds)
     peer = "causal attention"
     rows = []
     for name in cases:
         if name != peer:
-            rows.append(over(name, times[name], peer, times[peer], SPEED_BAR if "64 queries" in name else None))
+            bar = SPEED_BAR if "64 queries" in name else None
+            rows.append(ratio(name, times[name], peer, times[peer], ">=", bar))
             sides = f"{memory[name]['temp'] / 2**20:.0f} MiB", peer, f"{memory[peer]['temp'] / 2**20:.0f} MiB"
             rows.append(report.Row("  temporaries", *sides, memory[name]["temp"] / memory[peer]["temp"], "<=", None))
     yield rows
@@ -168,10 +142,10 @@ def crossover(rounds: int) -> Iterator[list[report.Row]]:
     rows: dict[str, list] = {name: [] for name in METHODS}
     for t in LENGTHS:
         given = arrays(t)[:3]
-        programs = {name: compiled(fn, *given)[0] for name, fn in {"attention": dense, **METHODS}.items()}
+        programs = {name: run(fn, *given) for name, fn in {"attention": dense, **METHODS}.items()}
         times = take_turns(programs, rounds)
         for name in METHODS:
-            rows[name].append(over(f"  {t} tokens", times[name], "attention", times["attention"], None))
+            rows[name].append(ratio(f"  {t} tokens", times[name], "attention", times["attention"], ">="))
     for name, found in rows.items():
         first = next((t for t, row in zip(LENGTHS, found, strict=True) if row.value >= 1), None)
         text = f"from {first}" if first else "never"
@@ -202,49 +176,48 @@ def kmeans(rounds: int) -> Iterator[list[report.Row]]:
             options = {"max_iter": 10, "tol": 0, "n_init": 1, "algorithm": "lloyd"}
             return cluster.KMeans(CLUSTERS, init=first, **options).fit(host).cluster_centers_
 
-    ours, memory = compiled(lambda x, c: ops.kmeans(x, CLUSTERS, iterations=10, centroids=c).centroids, x, start)
-    other, peak = compiled(materialised, x, start)
+    ours, done, _ = compiled(lambda x, c: ops.kmeans(x, CLUSTERS, iterations=10, centroids=c).centroids, x, start)
+    other, held, _ = compiled(materialised, x, start)
+    memory, peak = hlo.memory(done), hlo.memory(held)
     got, want = np.asarray(ours()), theirs()
     assert np.abs(got - want).max() < 1e-2 * np.abs(want).max()
     times = take_turns({"ours": ours, "materialised": other, "scikit-learn": theirs}, rounds)
-    rows = [over("k-means", times["ours"], "materialised", times["materialised"], KMEANS_BAR)]
-    rows.append(over("  ", times["ours"], "scikit-learn", times["scikit-learn"], 1.0))
+    rows = [ratio("k-means", times["ours"], "materialised", times["materialised"], ">=", KMEANS_BAR)]
+    rows.append(ratio("  ", times["ours"], "scikit-learn", times["scikit-learn"], ">=", 1.0))
     sides = f"{memory['temp'] / 2**20:.1f} MiB", "materialised", f"{peak['temp'] / 2**20:.0f} MiB"
     rows.append(report.Row("  temporaries", *sides, memory["temp"] / peak["temp"], "<=", MEMORY_BAR))
     yield rows
 
 
-PHASES = {"judged": judged, "crossover": crossover, "kmeans": kmeans}
+def decode(rounds: int) -> Iterator[list[report.Row]]:
+    """A token through a whole layer behind a cache of 64k tokens; the state is handed on."""
+    d = HEADS * WIDTH
+    heads = {"num_heads": HEADS, "num_kv_heads": GROUPS, "head_dim": WIDTH, "rngs": nnx.Rngs(0)}
+    layers = {
+        "dense": nn.Attention(d, **heads),
+        "MoBA": nn.MoBA(d, block_size=512, top_k=8, **heads),
+        "InfLLM-V2": nn.InfLLMv2Attention(d, **heads),
+    }
+    u, programs = jax.random.normal(jax.random.key(0), (1, d)), {}
+    for name, layer in layers.items():
+        graphdef, weights = nnx.split(layer)
+        noise = lambda x: jax.random.normal(jax.random.key(1), x.shape, x.dtype)  # noqa: E731
+        state = jax.tree.map(noise, layer.init_state(1, CACHED)._asdict() | {"positions": None, "length": None})
+        held = {"positions": jnp.arange(CACHED)[None], "length": jnp.array([CACHED - 2 * rounds - 9], jnp.int32)}
+        start = type(layer.init_state(1, 1))(**state | held)
+        step = jax.jit(lambda w, u, s, graphdef=graphdef: nnx.merge(graphdef, w).step(u, s), donate_argnums=2)
+
+        def token(box=[start], step=step, weights=weights):  # noqa: B006
+            y, box[0] = step(weights, u, box[0])
+            return y
+
+        programs[name] = token
+    times = take_turns(programs, rounds)
+    yield [ratio(f"{n}, a token", times[n], "dense", times["dense"], "<=", DECODE_BAR) for n in list(layers)[1:]]
 
 
-def main() -> int:
-    """Runs the phases, writes their results and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phases", nargs="*", metavar="PHASE", help=f"{', '.join(PHASES)}; all unless given")
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each program (default 5)")
-    parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="results file")
-    parser.add_argument("--show", action="store_true", help="print the table of an existing results file")
-    parser.add_argument("--markdown", action="store_true", help="with --show: in Markdown")
-    args = parser.parse_args()
-    if unknown := set(args.phases) - set(PHASES):
-        parser.error(f"there is no phase {sorted(unknown)[0]!r}; there are: {', '.join(PHASES)}")
-    found = json.loads(args.json.read_text()) if args.json.exists() else {"phases": {}}
-    for phase in [] if args.show else args.phases or list(PHASES):
-        found["phases"][phase] = {"machine": measure.machine(), "rounds": args.rounds, "rows": []}
-        for rows in PHASES[phase](args.rounds):
-            found["phases"][phase]["rows"] += [row.record() for row in rows]
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
-    rows = [
-        report.Row(**{key: value for key, value in row.items() if key != "passed"})
-        for phase in PHASES
-        for row in found["phases"].get(phase, {"rows": []})["rows"]
-    ]
-    if args.markdown:
-        print(report.markdown(rows))
-    else:
-        report.show("Sparse attention", rows, OTHERS)
-    return int(any(row.passed is False for row in rows))
+PHASES = {"judged": judged, "crossover": crossover, "kmeans": kmeans, "decode": decode}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(phases.main("Sparse attention", __doc__, PHASES, RESULTS, rounds=5))

@@ -7,10 +7,28 @@ import jax.numpy as jnp
 import pytest
 
 import portable
+from portable import selection
 from portable.ops._block_sparse_attention.api import prepare
 from portable.ops._block_sparse_attention.cases import CASES, SIZES, _case
 from portable.pallas_kernels.gpu import block_sparse_attention as triton
 from portable.pallas_kernels.tpu import block_sparse_attention as pallas
+from portable.parity import numbers
+from tests.oracles import need
+
+REFERENCE = selection.implementations("block_sparse_attention")["reference"]
+LATER = ("plain", "permuted", "tokens", "one_token", "large_scores", "nothing_selected")  # in the full tier
+
+
+@pytest.mark.parametrize(
+    "case", ["groups", "one_list", "bfloat16", *(pytest.param(c, marks=pytest.mark.full) for c in LATER)]
+)
+def test_triton_equals_the_definition_in_float64(case, seed):
+    need("triton", "torch")
+    args, kwargs = CASES[case](seed)
+    arrays, options = prepare(*args, **kwargs)
+    bar = numbers.BARS[str(arrays[0].dtype)]
+    for i, (got, want) in enumerate(numbers.interpreted(triton.IMPL, REFERENCE, arrays, options, True, seed)):
+        assert numbers.relative(got, want) <= bar * (1 if i < 2 else numbers.GRADIENTS), i
 
 
 @pytest.mark.parametrize(
