@@ -15,7 +15,6 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -205,13 +205,28 @@ class _Call:
         """An accumulator; inside a `shard_map` it varies over the axes that the arguments vary over."""
         return vary_together(self.a.q, jnp.zeros(shape, self.wide))[1]
 
-    def of_pairs(self, x, p: Plan):
-        """[tiles, a, z, ...] -> [a, c, n, rows, ...], what each pair found; anything where it is not selected."""
-        tiles, lanes = x.shape[:2]
-        x = x.reshape(tiles * lanes * self.size, self.s.rows, *x.shape[3:])
+    def places(self, p: Plan):
+        """Returns where each pair stands in flat results of tiles [a, c, n]; anywhere if it is not selected."""
+        tiles, lanes = p.unit.shape[:2]
         slot = jnp.minimum(p.slot, tiles * self.size - 1)
-        at = (slot // self.size * lanes + jnp.arange(lanes)[:, None, None]) * self.size + slot % self.size
-        return x[at]
+        return (slot // self.size * lanes + jnp.arange(lanes)[:, None, None]) * self.size + slot % self.size
+
+    def flat(self, x):
+        """[tiles, a, z, ...] -> [tiles * a * x, rows, ...], by pairs."""
+        return x.reshape(-1, self.s.rows, *x.shape[3:])
+
+    def combined(self, x, p: Plan, share):
+        """Returns the sum of share [a, c, n, rows] times what pairs found [tiles, a, z, d], over n: [a, c, rows, d]."""
+        x = self.flat(x)
+
+        # Slot by slot: XLA would compute a share again for each of the d numbers that it multiplies.
+        def add(total, slot):
+            at, share = slot
+            share = share[..., None]
+            return total + jnp.where(share != 0, share * x[at], 0), None
+
+        slots = jnp.moveaxis(self.places(p), 2, 0), jnp.moveaxis(share, 2, 0)
+        return jax.lax.scan(add, self.zeros(*share.shape[:2], *x.shape[1:]), slots)[0]
 
 
 def _put(x, i, value):
@@ -238,24 +253,17 @@ def _forward(setting: Setting, *arrays, **options):
             return _put(out, i, found), _put(sums, i, jnp.stack([highest, weights.sum(-1)], -1))
 
         out, sums = jax.lax.fori_loop(0, p.tiles, body, (c.zeros(*shape, a.v.shape[-1]), c.zeros(*shape, 2)))
-        chosen = (sets >= 0)[..., None]
-        highest, total = (
-            jnp.where(chosen, x, y) for x, y in zip(_last(c.of_pairs(sums, p)), (-jnp.inf, 0), strict=True)
-        )
+        chosen, of = (sets >= 0)[..., None], c.flat(sums)[c.places(p)]
+        highest, total = (jnp.where(chosen, of[..., i], x) for i, x in enumerate((-jnp.inf, 0)))
         top = highest.max(2)
         share = jnp.exp(highest - jnp.where(top == -jnp.inf, 0, top)[:, :, None])
         total = (share * total).sum(2)
-        found = jnp.where(chosen[..., None], c.of_pairs(out, p), 0) * share[..., None]
-        out = found.sum(2) / jnp.where(total == 0, 1, total)[..., None]
+        out = c.combined(out, p, share) / jnp.where(total == 0, 1, total)[..., None]
         return carry, (out.astype(a.q.dtype), top, total)
 
     _, (out, highest, total) = c.over(part, None, c.lists(sets), c.rows(a.q))
     saved = Saved(s.tokens(out), s.token_numbers(highest), s.token_numbers(total))
     return saved.results, saved
-
-
-def _last(x):
-    return x[..., 0], x[..., 1]
 
 
 def _backward(setting: Setting, residuals, cotangents, **options):
@@ -284,7 +292,8 @@ def _backward(setting: Setting, residuals, cotangents, **options):
 
         dq = c.zeros(p.unit.shape[0], c.lanes, c.size * s.rows, a.q.shape[-1])
         *carry, dq = jax.lax.fori_loop(0, p.tiles, body, (*carry, dq))
-        dq = jnp.where((sets >= 0)[..., None, None], c.of_pairs(dq, p), 0).sum(2)
+        chosen = jnp.broadcast_to((sets >= 0)[..., None], (*sets.shape, s.rows)).astype(dq.dtype)
+        dq = c.combined(dq, p, chosen)
         return tuple(carry), (dq.astype(a.q.dtype),)
 
     zeros = c.zeros(*c.k.shape), c.zeros(*c.v.shape)
