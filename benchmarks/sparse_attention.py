@@ -15,6 +15,7 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,8 +173,8 @@ def kmeans(rounds: int) -> Iterator[list[report.Row]]:
     def theirs():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            options = {"max_iter": 10, "tol": 0, "n_init": 1, "algorithm": "lloyd"}
-            return cluster.KMeans(CLUSTERS, init=first, **options).fit(host).cluster_centers_
+            options: Any = {"init": first, "max_iter": 10, "tol": 0, "n_init": 1, "algorithm": "lloyd"}
+            return cluster.KMeans(CLUSTERS, **options).fit(host).cluster_centers_
 
     ours, done, _ = compiled(lambda x, c: ops.kmeans(x, CLUSTERS, iterations=10, centroids=c).centroids, x, start)
     other, held, _ = compiled(materialised, x, start)

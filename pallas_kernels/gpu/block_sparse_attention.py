@@ -38,7 +38,7 @@ def _blocks(x, count: int):
 
 def _attend(q, k, v, see: blocked.See, scale: float):
     ranges = block_lists.selected(see.sets)
-    found = _block_attention.attend(*map(_flat, (q, k, v)), see.intervals, see.places, ranges, scale=scale)
+    found = _block_attention.attend(_flat(q), _flat(k), _flat(v), see.intervals, see.places, ranges, scale=scale)
     out, *sums = (_blocks(x.reshape(*x.shape[:3], -1), q.shape[2]) for x in found)
     return out, *(x[..., 0] for x in sums)
 
@@ -46,9 +46,9 @@ def _attend(q, k, v, see: blocked.See, scale: float):
 def _gradients(q, k, v, dout, highest, inverse, mean, see: blocked.See, scale: float):
     numbers = (_flat(x[..., None])[..., 0] for x in (highest, inverse, mean))
     given = *map(_flat, (q, k, v, dout)), *numbers, see.intervals, see.places
-    dq = _block_attention.query_gradients(*given, block_lists.selected(see.sets), scale=scale)
+    dq = _block_attention.query_gradients(*given, ranges=block_lists.selected(see.sets), scale=scale)
     ranges = block_lists.selected(see.sets, by_keys=k.shape[2])
-    dk, dv = _block_attention.key_gradients(*given, ranges, scale=scale)
+    dk, dv = _block_attention.key_gradients(*given, ranges=ranges, scale=scale)
     return tuple(_blocks(x, like.shape[2]) for x, like in ((dq, q), (dk, k), (dv, v)))
 
 

@@ -130,10 +130,10 @@ class SparseAttention(Attention):
         sums = state.sums.at[rows, positions // self.summary].add(new, mode="drop")
         return SparseState(held_k, held_v, marked, length, sums)
 
-    def _dense(self, q, positions, k, v, **options):
+    def _dense(self, q, positions, k, v, **options) -> Any:
         return ops.attention(q, k, v, is_causal=True, q_positions=positions, scale=self.scale, **options)
 
-    def _sparse(self, q, positions, k, v, chosen, block_k: int):
+    def _sparse(self, q, positions, k, v, chosen, block_k: int) -> Any:
         return ops.block_sparse_attention(
             q, k, v, chosen, block_q=1, block_k=block_k, is_causal=True, q_positions=positions, scale=self.scale
         )
@@ -306,7 +306,7 @@ class NSA(SparseAttention):
         return self._dense(q, positions, take(k), take(v), kv_positions=at, key_mask=at >= 0, window=self.last)
 
 
-def window_sums(x, count: int):
+def window_sums(x, count: int) -> Any:
     """Returns the sums of each `count` neighbours along axis 1, [b, n - count + 1, ...]."""
     n = max(0, x.shape[1] - count + 1)
     return sum(x[:, i : i + n] for i in range(count))

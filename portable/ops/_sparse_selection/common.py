@@ -53,7 +53,8 @@ def block_means(
     count = max(0, (s - size) // stride + 1)
     if size % stride == 0 and count:  # of sums of strides
         parts = x[:, : (s // stride) * stride].reshape(x.shape[0], -1, stride, *x.shape[2:]).sum(2)
-        return sum(parts[:, i : i + count] for i in range(size // stride)) / size
+        total: Any = sum(parts[:, i : i + count] for i in range(size // stride))
+        return total / size
     at = jnp.arange(count)[:, None] * stride + jnp.arange(size)
     return x[:, at].mean(2)
 
@@ -119,6 +120,6 @@ def in_chunks(fn: Callable, each: int, *arrays):
     return found.reshape(found.shape[0], trips * size, *found.shape[3:])[:, :t]
 
 
-def held(*arrays):
+def held(*arrays) -> tuple[Any, ...]:
     """Returns the arrays without a derivative: indices have none."""
     return tuple(None if x is None else jax.lax.stop_gradient(x) for x in arrays)

@@ -133,20 +133,20 @@ def select_infllm(
     if k is not None:
         check_shape(op, "k", k, "b s g d", {"b": q.shape[0]})
         means, s = block_means(jax.lax.stop_gradient(k), kernel, stride=stride), k.shape[1]
-    local = window // block_k
-    g, blocks, scale = _check(op, q, means, s, kernel, stride, block_k, top_k, initial, local, scale)
+    local, compressed = window // block_k, jnp.asarray(means)
+    g, blocks, scale = _check(op, q, compressed, s, kernel, stride, block_k, top_k, initial, local, scale)
     at = positions(op, q_positions, *q.shape[:2])
     # The kernels that touch a block stand in a row.
     first = jnp.arange(blocks) * (block_k // stride) - (kernel // stride - 1)
     rows = first[:, None] + jnp.arange((block_k + kernel) // stride - 1)
-    there = (rows >= 0) & (rows < means.shape[1])
+    there = (rows >= 0) & (rows < compressed.shape[1])
 
     def pool(p):
         if not p.shape[-1]:
             return jnp.zeros((*p.shape[:-1], blocks), p.dtype)
         return jnp.where(there, p[..., jnp.clip(rows, 0, p.shape[-1] - 1)], 0).max(-1)
 
-    return _select(q, means, at, pool, blocks, g, kernel, stride, block_k, top_k, initial, local, scale)
+    return _select(q, compressed, at, pool, blocks, g, kernel, stride, block_k, top_k, initial, local, scale)
 
 
 def _check(op, q, compressed, s, kernel, stride, block_k, top_k, initial, local, scale):

@@ -67,7 +67,7 @@ def select_moba(
     (b, t, h, d), g = q.shape, sizes["g"]
     at = positions(op, q_positions, b, t)
     q, k, means = held(q, k, means)
-    means = block_means(k, block_k) if means is None else means.astype(accumulator(q, means))
+    means = block_means(jnp.asarray(k), block_k) if means is None else means.astype(accumulator(q, means))
     blocks = means.shape[1]
     first = last = at
     if block_q > 1:
