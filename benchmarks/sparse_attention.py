@@ -179,8 +179,9 @@ def kmeans(rounds: int) -> Iterator[list[report.Row]]:
     ours, done, _ = compiled(lambda x, c: ops.kmeans(x, CLUSTERS, iterations=10, centroids=c).centroids, x, start)
     other, held, _ = compiled(materialised, x, start)
     memory, peak = hlo.memory(done), hlo.memory(held)
-    got, want = np.asarray(ours()), theirs()
-    assert np.abs(got - want).max() < 1e-2 * np.abs(want).max()
+    # A point between two centroids may go to either, and takes others with it: what all minimise is compared.
+    reached = [float(ops.kmeans_assign(x, jnp.asarray(c))[1].sum()) for c in (ours(), other(), theirs())]
+    assert max(reached) < 1.001 * min(reached), reached
     times = take_turns({"ours": ours, "materialised": other, "scikit-learn": theirs}, rounds)
     rows = [ratio("k-means", times["ours"], "materialised", times["materialised"], ">=", KMEANS_BAR)]
     rows.append(ratio("  ", times["ours"], "scikit-learn", times["scikit-learn"], ">=", 1.0))
