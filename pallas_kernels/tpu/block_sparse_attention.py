@@ -55,6 +55,8 @@ def why_not(*arrays, block_q: int, block_k: int, **options) -> str | None:
     s = Blocks.of(a, block_q, block_k)
     if block_k < 8:
         return f"it needs blocks of at least 8 keys; got block_k={block_k}."
+    if s.rows < 8:
+        return f"it needs at least 8 queries that share a list, the rows of a register; got {s.rows}."
     if a.block_indices.size > SCALARS:
         return (
             f"the lists must fit into a TPU's scalar memory, {SCALARS} numbers; got block_indices "

@@ -34,6 +34,7 @@ def test_triton_equals_the_definition_in_float64(case, seed):
     [
         (pallas, _case(1, 32, 2, 8, n=2, dtype=jnp.float16), "it needs float32 or bfloat16; got float16."),
         (pallas, CASES["single_keys"], "it needs blocks of at least 8 keys; got block_k=1."),
+        (pallas, CASES["tokens"], "it needs at least 8 queries that share a list, the rows of a register; got 1."),
         (pallas, SIZES["minicpm4"], "the lists must fit into a TPU's scalar memory, 65536 numbers; got block_indices"),
         (pallas, _case(1, 64, 2, 8, n=1, blocks=(2048, 1024)), "have at most 1048576 pairs; got 2048 and 1024."),
         (pallas, CASES["no_keys"], "it needs at least one element; got q [1, 5, 2, 8], k [1, 0, 2, 8]"),
