@@ -13,6 +13,8 @@ from portable.nn.mamba2 import Mamba2State as Mamba2State
 from portable.nn.mlp import GatedMLP as GatedMLP
 from portable.nn.moe import MoE as MoE
 from portable.nn.moe import moe_from_dense as moe_from_dense
+from portable.nn.native_sparse import NSA as NSA
+from portable.nn.native_sparse import Compression as Compression
 from portable.nn.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from portable.nn.neighborhood_attention import NeighborhoodState as NeighborhoodState
 from portable.nn.norm import RMSNorm as RMSNorm
@@ -21,7 +23,6 @@ from portable.nn.padding import right_padded as right_padded
 from portable.nn.rotary import Rotary as Rotary
 from portable.nn.rotary import rotary as rotary
 from portable.nn.short_conv import ShortConv as ShortConv
-from portable.nn.sparse_attention import NSA as NSA
 from portable.nn.sparse_attention import InfLLMv2Attention as InfLLMv2Attention
 from portable.nn.sparse_attention import MoBA as MoBA
 from portable.nn.sparse_attention import SparseState as SparseState

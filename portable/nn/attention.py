@@ -212,6 +212,10 @@ class Attention(Heads):
 
     def _project(self, u, positions, lengths):
         q, k, v = self._split(u)
+        return self._turned(q, k, v, positions, lengths)
+
+    def _turned(self, q, k, v, positions, lengths):
+        """Returns q, k and v normed, clipped and rotated."""
         if self.query_norm is not None and self.key_norm is not None:
             q, k = (
                 norm(z.reshape(*z.shape[:2], -1, norm.scale.shape[0])).reshape(z.shape)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -85,6 +86,7 @@ class SparseIndexer(nnx.Module):
         queries: Float[Array, "b t q"] | None = None,
         state: IndexerState | None = None,
         lengths: Int[Array, " b"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
     ) -> Any:
         """Chooses tokens for each position.
 
@@ -93,31 +95,43 @@ class SparseIndexer(nnx.Module):
           queries: [b, t, query_dim], what queries are made from; u unless given.
           state: from `init_state` or an earlier call, to continue from.
           lengths: [b] real positions of right-padded rows.
+          segment_ids: [b, t] integers of packed documents, each in one run: a position chooses in its own. Not together
+            with a state or with HISA, whose blocks would reach over documents.
 
         Returns:
           [b, 1, t, n] int32 for `portable.ops.block_sparse_attention` with blocks of 1, -1 where fewer tokens are
           visible; with a state (indices, the state behind each row's last real position).
 
         Raises:
-          ValueError: shapes do not fit, or a concrete state is too short for what is added.
+          ValueError: shapes do not fit, segment_ids cannot be, or a concrete state is too short for what is added.
         """
+        if segment_ids is not None and (state is not None or self.block_size is not None):
+            other = "a state" if state is not None else f"blocks of {self.block_size} keys"
+            raise ValueError(
+                f"SparseIndexer: segment_ids go without a state and without block_size; got {other} too. Give each "
+                "document a call of its own."
+            )
         if getattr(u, "ndim", None) != 3 or u.shape[-1] != self.key.in_features:
             found = list(u.shape) if hasattr(u, "shape") else type(u).__name__
             raise ValueError(f"SparseIndexer: u must be [b, t, d] with d={self.key.in_features}; got {found}.")
         (b, t), count = u.shape[:2], jnp.arange(u.shape[1], dtype=jnp.int32)
         added = jnp.full((b,), t) if lengths is None else lengths
         before = jnp.zeros((b,), jnp.int32) if state is None else state.length
-        positions = before[:, None] + count
+        positions, starts = before[:, None] + count, None
+        if segment_ids is not None:
+            begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))[:, :t]
+            starts = jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
+        turned = positions if starts is None else positions - starts
         u = u.astype(self.dtype)
         source = u if queries is None else queries.astype(self.dtype)
         q = self.query(source).reshape(b, t, self.num_heads, self.head_dim)
         k = self.key_norm(self.key(u))
         if self.rope is not None:
-            q = rotary(q, positions, self.rope, lengths=before + added)
-            k = rotary(k[:, :, None], positions, self.rope, lengths=before + added)[:, :, 0]
+            q = rotary(q, turned, self.rope, lengths=before + added)
+            k = rotary(k[:, :, None], turned, self.rope, lengths=before + added)[:, :, 0]
         w = self.weight(u)
         if state is None:
-            return self._choose(q, k, w, positions, None)
+            return self._choose(q, k, w, positions, None, starts)
         real = None if lengths is None else count < lengths[:, None]
         (held,), marked, length, _ = extend(
             "SparseIndexer", (state.k,), state.positions, state.length, (k,), positions,
@@ -141,10 +155,10 @@ class SparseIndexer(nnx.Module):
             jnp.zeros((batch, count, self.head_dim), wide),
         )
 
-    def _choose(self, q, k, w, positions, sums):
+    def _choose(self, q, k, w, positions, sums, starts=None):
         options = {"top_k": self.top_k, "q_positions": positions}
         if self.block_size is None:
-            return ops.select_dsa(q, k, w, **options)
+            return ops.select_dsa(q, k, w, starts=starts, **options)
         options |= {"block_k": self.block_size, "blocks": self.blocks}
         # A query's own block, the only one that is not full, is looked at whatever its mean.
         means = None if sums is None else sums / self.block_size

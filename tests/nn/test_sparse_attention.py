@@ -18,12 +18,21 @@ LAYERS = {
         {"block_size": 4, "top_k": 4, "kernel": 4, "stride": 2, "local_window": 8, "dense_below": 9},
     ),
     "NSA": (nn.NSA, {"block_size": 4, "top_k": 4, "kernel": 4, "stride": 2, "last": 5}),
+    "MoBA, keys mixed": (nn.MoBA, {"block_size": 4, "top_k": 3, "key_taps": 3}),
+    "NSA, learned": (
+        nn.NSA,
+        {"block_size": 4, "top_k": 4, "kernel": 4, "stride": 2, "last": 5, "compression": "mlp"},
+    ),
 }
+PLAIN = ("MoBA", "InfLLMv2Attention", "NSA")
 
 
 def made(name, **options):
     layer, sizes = LAYERS[name]
-    return layer(16, **HEADS, **sizes | options, rngs=nnx.Rngs(0))
+    layer = layer(16, **HEADS, **sizes | options, rngs=nnx.Rngs(0))
+    if getattr(layer, "key_conv", None) is not None:  # its filters start at zero
+        layer.key_conv.kernel[...] = jax.random.normal(jax.random.key(5), layer.key_conv.kernel.shape)
+    return layer
 
 
 def inputs(seed, b=2, t=23):
@@ -99,7 +108,7 @@ def test_nsa_is_the_sum_of_its_branches(seed):
     assert relative(layer(u), layer.out(jnp.asarray(want, jnp.float32).reshape(1, 23, -1))) <= 1e-5
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_what_has_no_meaning_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}: window is not an option"):
         made(name, window=4)
@@ -108,6 +117,105 @@ def test_what_has_no_meaning_is_refused(name):
         layer(inputs(0), return_state=True)
     with pytest.raises(ValueError, match=f"{name}: the state holds 3 positions"):
         layer(inputs(0), state=layer.init_state(2, 3))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_packed_documents_never_mix(name, seed):
+    layer, u = made(name), inputs(seed, t=40)
+    lengths = ((13, 1, 20, 6), (4, 2, 5, 29))
+    ids = jnp.array([[i for i, n in enumerate(row) for _ in range(n)] for row in lengths])
+    graphdef, weights = nnx.split(layer)
+
+    @jax.jit
+    def packed(w, u):
+        y, pull = jax.vjp(lambda u: nnx.merge(graphdef, w)(u, segment_ids=ids), u)
+        return y, pull(jnp.cos(y))[0]
+
+    alone = jax.jit(lambda w, u: nnx.merge(graphdef, w)(u))
+    found, slopes = packed(weights, u)
+    changed, _ = packed(weights, u.at[:, 14:34].add(1))
+    for row, counts in enumerate(lengths):
+        for start, n in zip(np.cumsum((0, *counts)), counts, strict=False):
+            part = slice(int(start), int(start) + n)
+            # What follows a document adds nothing to it, so that all are of one length here.
+            cut = jnp.zeros_like(u[:1]).at[:, :n].set(u[row, part])
+            assert relative(found[row, part], alone(weights, cut)[0, :n]) <= 1e-5
+            if start < 14 or (row == 0 and start >= 34):
+                before = slice(int(start), min(part.stop, 14)) if row else part
+                np.testing.assert_array_equal(found[row, before], changed[row, before])
+    assert np.isfinite(slopes).all()
+    assert float(jnp.abs(slopes).max()) > 0
+    # Padding behind the last document changes nothing.
+    short = layer(u[:, :34], segment_ids=ids[:, :34])
+    padded = layer(u, segment_ids=ids.at[:, 34:].set(99), lengths=jnp.array([34, 34]))
+    assert relative(padded[:, :34], short) <= 1e-5
+
+
+def test_documents_beyond_the_layout_are_refused_or_nan(seed):
+    layer, u, ids = made("MoBA", max_segments=2), inputs(seed), jnp.arange(23)[None].repeat(2, 0) // 5
+    with pytest.raises(ValueError, match=r"MoBA: documents must fit a layout of 7 blocks of 4.*max_segments"):
+        layer(u, segment_ids=ids)
+    ids = ids.at[1].set(0)
+    y = jax.jit(lambda u: layer(u, segment_ids=ids + 0 * u[..., 0].astype(int)))(u)
+    assert np.isnan(y[0, 19:]).all()  # 7 blocks end within the fourth document
+    assert np.isfinite(y[0, :19]).all()
+    assert np.isfinite(y[1]).all()
+    with pytest.raises(ValueError, match="MoBA: max_segments must be at least 1; got 0"):
+        made("MoBA", max_segments=0)
+    with pytest.raises(ValueError, match="MoBA: a state is of one text; got segment_ids too"):
+        layer(u, segment_ids=ids, state=layer.init_state(2, 30))
+
+
+def test_mixed_keys_are_the_ones_of_the_paper_and_begin_as_none(seed):
+    u, dense = inputs(seed, b=1), nn.Attention(16, **HEADS, rngs=nnx.Rngs(0))
+    layer = nn.MoBA(16, **HEADS, block_size=4, top_k=9, key_taps=3, rngs=nnx.Rngs(0))
+    nnx.update(layer, nnx.state(dense))
+    assert relative(layer(u), dense(u)) <= 2e-6
+    kernel = np.random.default_rng(seed).normal(size=(3, 8)).astype(np.float32)
+    layer.key_conv.kernel[...] = jnp.asarray(kernel)
+    q, k, v = layer._split(u)
+    k = np.asarray(k, np.float64).reshape(23, 8)
+    mixed = np.array([sum(kernel[i] * (k[t - 2 + i] if t + i >= 2 else 0) for i in range(3)) for t in range(23)])
+    k = jnp.asarray(k + mixed / (1 + np.exp(-mixed)), jnp.float32).reshape(1, 23, 2, 4)
+    q, k, v = dense._turned(q, k, v, jnp.arange(23), jnp.array([23]))
+    want = dense.out(ops.attention(q, k, v, is_causal=True).reshape(1, 23, -1))
+    assert relative(layer(u), want) <= 1e-5
+
+
+def test_a_learned_compression_that_is_the_mean_gives_means(seed):
+    u, plain, layer = inputs(seed), made("NSA"), made("NSA, learned")
+    nnx.update(plain, nnx.state(layer, lambda path, _: not path[0].startswith("compress_")))
+    assert relative(layer(u), plain(u)) > 1e-2
+    one = jnp.tile(jnp.eye(4) / 4, (4, 1))  # the mean, and less it: silu(x) - silu(-x) = x
+    for map in (layer.compress_key, layer.compress_value):
+        map.position[...] = jnp.zeros_like(map.position[...])
+        map.up[...] = jnp.broadcast_to(jnp.concatenate([one, -one], 1), map.up.shape)
+        map.down[...] = jnp.broadcast_to(jnp.concatenate([jnp.eye(4), -jnp.eye(4)]), map.down.shape)
+    assert relative(layer(u), plain(u)) <= 1e-5
+
+
+def test_a_kernel_is_compressed_by_a_network_with_positions(seed):
+    rng = np.random.default_rng(seed)
+    map = nn.Compression(3, 2, 4, 5, rngs=nnx.Rngs(seed))
+    x = rng.normal(size=(1, 2, 3, 2, 4))
+    got, want = map(jnp.asarray(x, jnp.float32)), np.zeros((1, 2, 2, 4))
+    for n, head in np.ndindex(2, 2):
+        flat = (x[0, n, :, head] + np.asarray(map.position[...])[:, head]).reshape(-1)
+        hidden = flat @ np.asarray(map.up[...])[head]
+        want[0, n, head] = hidden / (1 + np.exp(-hidden)) @ np.asarray(map.down[...])[head]
+    assert relative(got, want) <= 1e-5
+
+
+def test_the_indexer_keeps_documents_apart(seed):
+    options = {"num_heads": 2, "head_dim": 8, "top_k": 5, "rope": nn.Rotary(dims=4)}
+    indexer, u = nn.SparseIndexer(16, **options, rngs=nnx.Rngs(0)), inputs(seed, b=1)
+    found = sets(indexer(u, segment_ids=jnp.array([[7] * 9 + [3] * 14])))[0, 0]
+    for start, stop in ((0, 9), (9, 23)):
+        alone = sets(indexer(u[:, start:stop]))[0, 0]
+        assert [{s - start for s in one} for one in found[start:stop]] == list(alone)
+    hisa = nn.SparseIndexer(16, **options, block_size=4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"SparseIndexer: segment_ids go without .* got blocks of 4 keys too"):
+        hisa(u, segment_ids=jnp.zeros((1, 23), int))
 
 
 @pytest.mark.parametrize("blocks", [None, 2])

@@ -168,6 +168,27 @@ def test_dsa_chooses_the_highest_tokens(seed):
     assert relative(got, ops.attention(heads, keys, v, is_causal=True)) <= 2e-6
 
 
+def test_nothing_before_the_start_of_a_text_is_chosen(seed):
+    q, k = map(jnp.asarray, drawn(seed, (1, 48, 2, 8), (1, 48, 1, 8)))
+    starts = jnp.where(jnp.arange(48) < 16, 0, 16)
+    calls = {
+        "moba": lambda q, k, **more: ops.select_moba(q, k, block_k=8, top_k=3, **more),
+        "nsa": lambda q, k, **more: ops.select_nsa(
+            q, block_means(k, 8, stride=4), s=k.shape[1], kernel=8, stride=4, block_k=8, top_k=3, local=1, **more
+        ),
+        "infllm": lambda q, k, **more: ops.select_infllm(
+            q, k, kernel=8, stride=4, block_k=8, top_k=3, window=8, **more
+        ),
+    }
+    for name, select in calls.items():
+        together = definition.sets(select(q, k, starts=starts))
+        alone = definition.sets(select(q[:, 16:], k[:, 16:]))
+        for at in np.ndindex(alone.shape):
+            assert {n + 2 for n in alone[at]} == together[*at[:2], at[2] + 16], (name, at)
+    with pytest.raises(ValueError, match="starts must be positions where a block begins, multiples of block_k=8"):
+        calls["moba"](q, k, starts=starts + 1)
+
+
 def test_hisa_is_dsa_where_it_keeps_all_blocks(seed):
     q, k, w = drawn(seed, (1, 45, 3, 8), (1, 45, 8), (1, 45, 3))
     q[:, 20:30], w = -np.abs(q[:, 20:30]), np.abs(w)

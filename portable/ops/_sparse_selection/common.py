@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from portable.checks import check_values
 from portable.ops._arguments import accumulator, check_array, check_float, check_integer, check_shape
 
 SCORES = 2**24  # held at once
@@ -70,14 +71,27 @@ def whole(op: str, name: str, x: Any, least: int = 1) -> int:
     return found
 
 
-def positions(op: str, q_positions, b: int, t: int):
+def positions(op: str, given, b: int, t: int, name: str = "q_positions"):
     """Returns [b, t] int32: those given as [b, t] or [t], or 0, 1, ..."""
-    if q_positions is None:
+    if given is None:
         return jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-    check_array(op, q_positions=q_positions)
-    check_integer(op, q_positions=q_positions)
-    check_shape(op, "q_positions", q_positions, "t" if q_positions.ndim == 1 else "b t", {"b": b, "t": t})
-    return jnp.broadcast_to(q_positions, (b, t)).astype(jnp.int32)
+    check_array(op, **{name: given})
+    check_integer(op, **{name: given})
+    check_shape(op, name, given, "t" if given.ndim == 1 else "b t", {"b": b, "t": t})
+    return jnp.broadcast_to(given, (b, t)).astype(jnp.int32)
+
+
+def beginnings(op: str, starts, b: int, t: int, block_k: int = 1):
+    """Returns [b, t] int32, the block with which each query's text begins: of those given, or 0."""
+    if starts is None:
+        return jnp.zeros((b, t), jnp.int32)
+    starts = positions(op, starts, b, t, "starts")
+    check_values(
+        lambda x: (x >= 0) & (x % block_k == 0),
+        f"{op}: starts must be positions where a block begins, multiples of block_k={block_k}; got others.",
+        starts,
+    )
+    return starts // block_k
 
 
 def best(scores, count: int, *, hidden, forced=None):

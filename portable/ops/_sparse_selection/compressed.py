@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from portable.ops._arguments import accumulator, check_float, check_groups, check_shape
-from portable.ops._sparse_selection.common import best, block_means, held, in_chunks, positions, whole
+from portable.ops._sparse_selection.common import beginnings, best, block_means, held, in_chunks, positions, whole
 
 
 def select_nsa(
@@ -23,6 +23,7 @@ def select_nsa(
     local: int = 2,
     scale: float | None = None,
     q_positions: Int[Array, "b t"] | Int[Array, " t"] | None = None,
+    starts: Int[Array, "b t"] | Int[Array, " t"] | None = None,
 ) -> Int[Array, "b g t n"]:
     """Chooses for each query and head of keys the blocks that its attention to compressed keys falls on.
 
@@ -45,6 +46,8 @@ def select_nsa(
       initial, local: of them, those at the start and up to the query that are always chosen.
       scale: of the scores; None for d**-0.5.
       q_positions: [b, t] or [t]; 0, 1, ... unless given.
+      starts: [b, t] or [t], where the text of each query begins, a multiple of block_k; nothing before it is chosen. 0
+        unless given.
 
     Returns:
       [b, g, t, min(top_k, blocks)] int32, -1 where fewer blocks are visible.
@@ -63,13 +66,14 @@ def select_nsa(
     """
     op = "select_nsa"
     g, blocks, scale = _check(op, q, compressed, s, kernel, stride, block_k, top_k, initial, local, scale)
-    at = positions(op, q_positions, *q.shape[:2])
+    b, t = q.shape[:2]
+    at, begin = positions(op, q_positions, b, t), beginnings(op, starts, b, t, block_k)
     shares = _shares(compressed.shape[1], blocks, kernel, stride, block_k)
 
     def pool(p):
         return jnp.einsum("btgc,cn->btgn", p, shares.astype(p.dtype))
 
-    return _select(q, compressed, at, pool, blocks, g, kernel, stride, block_k, top_k, initial, local, scale)
+    return _select(q, compressed, at, begin, pool, blocks, g, kernel, stride, block_k, top_k, initial, local, scale)
 
 
 def select_infllm(
@@ -86,6 +90,7 @@ def select_infllm(
     q_positions: Int[Array, "b t"] | Int[Array, " t"] | None = None,
     means: Float[Array, "b c g d"] | None = None,
     s: int | None = None,
+    starts: Int[Array, "b t"] | Int[Array, " t"] | None = None,
 ) -> Int[Array, "b g t n"]:
     """Chooses for each query and head of keys the blocks on which its attention to means of keys is highest.
 
@@ -109,6 +114,8 @@ def select_infllm(
       q_positions: [b, t] or [t]; 0, 1, ... unless given.
       means: [b, c, g, d] (`block_means(k, kernel, stride=stride)`), where a cache keeps them.
       s: keys that there are, if means are given; what kernels cover unless given.
+      starts: [b, t] or [t], where the text of each query begins, a multiple of block_k; nothing before it is chosen. 0
+        unless given.
 
     Returns:
       [b, g, t, min(top_k, blocks)] int32, -1 where fewer blocks are visible.
@@ -135,7 +142,8 @@ def select_infllm(
         means, s = block_means(jax.lax.stop_gradient(k), kernel, stride=stride), k.shape[1]
     local, compressed = window // block_k, jnp.asarray(means)
     g, blocks, scale = _check(op, q, compressed, s, kernel, stride, block_k, top_k, initial, local, scale)
-    at = positions(op, q_positions, *q.shape[:2])
+    b, t = q.shape[:2]
+    at, begin = positions(op, q_positions, b, t), beginnings(op, starts, b, t, block_k)
     # The kernels that touch a block stand in a row.
     first = jnp.arange(blocks) * (block_k // stride) - (kernel // stride - 1)
     rows = first[:, None] + jnp.arange((block_k + kernel) // stride - 1)
@@ -146,7 +154,7 @@ def select_infllm(
             return jnp.zeros((*p.shape[:-1], blocks), p.dtype)
         return jnp.where(there, p[..., jnp.clip(rows, 0, p.shape[-1] - 1)], 0).max(-1)
 
-    return _select(q, compressed, at, pool, blocks, g, kernel, stride, block_k, top_k, initial, local, scale)
+    return _select(q, compressed, at, begin, pool, blocks, g, kernel, stride, block_k, top_k, initial, local, scale)
 
 
 def _check(op, q, compressed, s, kernel, stride, block_k, top_k, initial, local, scale):
@@ -181,7 +189,7 @@ def _shares(kernels: int, blocks: int, kernel: int, stride: int, block_k: int):
     return jnp.maximum(0, both) // math.gcd(stride, block_k)
 
 
-def _select(q, compressed, at, pool, blocks, g, kernel, stride, block_k, top_k, initial, local, scale):
+def _select(q, compressed, at, begin, pool, blocks, g, kernel, stride, block_k, top_k, initial, local, scale):
     q, compressed = held(q, compressed)
     wide = accumulator(q, compressed)
     b, _, h, d = q.shape
@@ -189,17 +197,20 @@ def _select(q, compressed, at, pool, blocks, g, kernel, stride, block_k, top_k, 
     ends = jnp.arange(kernels, dtype=jnp.int32) * stride + kernel - 1
     compressed = compressed.astype(wide)
 
-    def choose(q, at):
+    def choose(q, at, begin):
         q = q.reshape(*q.shape[:2], g, h // g, d).astype(wide)
         scores = jnp.einsum("btgrd,bcgd->btgrc", q, compressed) * scale
-        scores = jnp.where((ends <= at[..., None])[:, :, None, None], scores, -jnp.inf)
+        seen = (ends <= at[..., None]) & (ends >= begin[..., None] * block_k + kernel - 1)
+        scores = jnp.where(seen[:, :, None, None], scores, -jnp.inf)
         top = scores.max(-1, keepdims=True, initial=-jnp.inf)
         weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
         total = weights.sum(-1, keepdims=True)
         p = (weights / jnp.where(total == 0, 1, total)).sum(3)
         own, number = at[..., None] // block_k, jnp.arange(blocks, dtype=jnp.int32)
-        forced = (number < initial) | (number > own - local)
-        return best(pool(p), top_k, hidden=(number > own)[:, :, None], forced=forced[:, :, None])
+        first = begin[..., None]
+        forced = (number < first + initial) | (number > own - local)
+        hidden = (number > own) | (number < first)
+        return best(pool(p), top_k, hidden=hidden[:, :, None], forced=forced[:, :, None])
 
     each = b * (h * kernels + g * blocks * ((block_k + kernel) // stride))
-    return jnp.swapaxes(in_chunks(choose, each, q, at), 1, 2)
+    return jnp.swapaxes(in_chunks(choose, each, q, at, begin), 1, 2)

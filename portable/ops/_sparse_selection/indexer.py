@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from portable.ops._arguments import accumulator, check_float, check_shape
-from portable.ops._sparse_selection.common import best, block_means, held, in_chunks, positions, whole
+from portable.ops._sparse_selection.common import beginnings, best, block_means, held, in_chunks, positions, whole
 
 
 def select_dsa(
@@ -14,6 +14,7 @@ def select_dsa(
     *,
     top_k: int = 2048,
     q_positions: Int[Array, "b t"] | Int[Array, " t"] | None = None,
+    starts: Int[Array, "b t"] | Int[Array, " t"] | None = None,
 ) -> Int[Array, "b 1 t n"]:
     """Chooses for each query the tokens that an indexer scores highest; all heads of attention share them.
 
@@ -28,6 +29,7 @@ def select_dsa(
       w: [b, t, j] weights of the heads.
       top_k: tokens of a query; all if it is more than there are.
       q_positions: [b, t] or [t]; 0, 1, ... unless given.
+      starts: [b, t] or [t], where the text of each query begins; nothing before it is chosen. 0 unless given.
 
     Returns:
       [b, 1, t, min(top_k, s)] int32, -1 where fewer tokens are visible.
@@ -47,11 +49,13 @@ def select_dsa(
     op = "select_dsa"
     q, k, w, at = _check(op, q, k, w, q_positions)
     top_k, s = whole(op, "top_k", top_k), k.shape[1]
+    begin = beginnings(op, starts, *q.shape[:2])
 
-    def choose(q, w, at):
-        return best(_index(q, k, w), top_k, hidden=jnp.arange(s, dtype=jnp.int32) > at[..., None])
+    def choose(q, w, at, begin):
+        number = jnp.arange(s, dtype=jnp.int32)
+        return best(_index(q, k, w), top_k, hidden=(number > at[..., None]) | (number < begin[..., None]))
 
-    return in_chunks(choose, k.shape[0] * s * q.shape[2], q, w, at)[:, None]
+    return in_chunks(choose, k.shape[0] * s * q.shape[2], q, w, at, begin)[:, None]
 
 
 def select_hisa(

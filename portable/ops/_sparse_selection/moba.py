@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from portable.ops._arguments import accumulator, check_float, check_groups, check_shape
-from portable.ops._sparse_selection.common import best, block_means, held, in_chunks, positions, whole
+from portable.ops._sparse_selection.common import beginnings, best, block_means, held, in_chunks, positions, whole
 
 
 def select_moba(
@@ -18,6 +18,7 @@ def select_moba(
     block_q: int = 1,
     q_positions: Int[Array, "b t"] | Int[Array, " t"] | None = None,
     means: Float[Array, "b blocks g d"] | None = None,
+    starts: Int[Array, "b t"] | Int[Array, " t"] | None = None,
 ) -> Int[Array, "b h nq n"]:
     """Chooses for each query the blocks of keys whose mean it has the highest product with.
 
@@ -35,6 +36,8 @@ def select_moba(
       block_q: queries that choose together, by their mean (our choice: the paper has 1). It must divide block_k.
       q_positions: [b, t] or [t]; 0, 1, ... unless given. Queries of a block must be in order.
       means: [b, blocks, g, d] of the keys' blocks (`block_means`), where a cache keeps them.
+      starts: [b, t] or [t], where the text of each query begins, a multiple of block_k; nothing before it is chosen. 0
+        unless given.
 
     Returns:
       [b, h, ceil(t / block_q), min(top_k, blocks)] int32, -1 where fewer blocks are visible.
@@ -65,24 +68,24 @@ def select_moba(
         raise ValueError(f"{op}: block_q must divide block_k, so that queries have one block of their own; got "
                          f"block_q={block_q}, block_k={block_k}.")  # fmt: skip
     (b, t, h, d), g = q.shape, sizes["g"]
-    at = positions(op, q_positions, b, t)
+    at, begin = positions(op, q_positions, b, t), beginnings(op, starts, b, t, block_k)
     q, k, means = held(q, k, means)
     means = block_means(jnp.asarray(k), block_k) if means is None else means.astype(accumulator(q, means))
     blocks = means.shape[1]
     first = last = at
     if block_q > 1:
         first, last = at[:, ::block_q], at[:, jnp.minimum(jnp.arange(block_q - 1, t - 1 + block_q, block_q), t - 1)]
-        q = block_means(q, block_q)
+        q, begin = block_means(q, block_q), begin[:, ::block_q]
 
-    def choose(q, first, last):
+    def choose(q, first, last, begin):
         q = q.reshape(*q.shape[:2], g, h // g, d)
         scores = jnp.einsum("btgrd,bngd->btgrn", q.astype(means.dtype), means).reshape(*q.shape[:2], h, blocks)
         number = jnp.arange(blocks, dtype=jnp.int32)
         own = (number >= first[..., None] // block_k) & (number <= last[..., None] // block_k)
-        hidden = number > last[..., None] // block_k
+        hidden = (number > last[..., None] // block_k) | (number < begin[..., None])
         return best(scores, top_k, hidden=hidden[:, :, None], forced=own[:, :, None])
 
-    return jnp.swapaxes(in_chunks(choose, b * h * blocks, q, first, last), 1, 2)
+    return jnp.swapaxes(in_chunks(choose, b * h * blocks, q, first, last, begin), 1, 2)
 
 
 def moba_snr(
