@@ -43,5 +43,15 @@ from portable.ops._sparse_selection.kmeans import kmeans as kmeans
 from portable.ops._sparse_selection.kmeans import kmeans_assign as kmeans_assign
 from portable.ops._sparse_selection.moba import moba_snr as moba_snr
 from portable.ops._sparse_selection.moba import select_moba as select_moba
+from portable.ops._sparse_selection.permuted import Permuted as Permuted
+from portable.ops._sparse_selection.permuted import permuted_attention as permuted_attention
+from portable.ops._sparse_selection.permuted import select_pbs as select_pbs
+from portable.ops._sparse_selection.semantic import clustered_attention as clustered_attention
+from portable.ops._sparse_selection.semantic import select_svg2 as select_svg2
+from portable.ops._sparse_selection.semantic import select_svg_ear as select_svg_ear
+from portable.ops._sparse_selection.squeezed import Squeezed as Squeezed
+from portable.ops._sparse_selection.squeezed import select_squeezed as select_squeezed
+from portable.ops._sparse_selection.squeezed import squeeze as squeeze
+from portable.ops._sparse_selection.squeezed import squeezed_scores as squeezed_scores
 from portable.ops._ssd.api import ssd as ssd
 from portable.ops._ssd_step.api import ssd_step as ssd_step
