@@ -36,6 +36,8 @@ from portable.ops._route.routing import Routing as Routing
 from portable.ops._sparse_selection.common import block_means as block_means
 from portable.ops._sparse_selection.compressed import select_infllm as select_infllm
 from portable.ops._sparse_selection.compressed import select_nsa as select_nsa
+from portable.ops._sparse_selection.hierarchical import select_dhsa as select_dhsa
+from portable.ops._sparse_selection.hierarchical import select_s2o as select_s2o
 from portable.ops._sparse_selection.indexer import select_dsa as select_dsa
 from portable.ops._sparse_selection.indexer import select_hisa as select_hisa
 from portable.ops._sparse_selection.kmeans import KMeans as KMeans
@@ -46,6 +48,7 @@ from portable.ops._sparse_selection.moba import select_moba as select_moba
 from portable.ops._sparse_selection.permuted import Permuted as Permuted
 from portable.ops._sparse_selection.permuted import permuted_attention as permuted_attention
 from portable.ops._sparse_selection.permuted import select_pbs as select_pbs
+from portable.ops._sparse_selection.rectified import rectified_attention as rectified_attention
 from portable.ops._sparse_selection.semantic import clustered_attention as clustered_attention
 from portable.ops._sparse_selection.semantic import select_svg2 as select_svg2
 from portable.ops._sparse_selection.semantic import select_svg_ear as select_svg_ear
@@ -53,5 +56,8 @@ from portable.ops._sparse_selection.squeezed import Squeezed as Squeezed
 from portable.ops._sparse_selection.squeezed import select_squeezed as select_squeezed
 from portable.ops._sparse_selection.squeezed import squeeze as squeeze
 from portable.ops._sparse_selection.squeezed import squeezed_scores as squeezed_scores
+from portable.ops._sparse_selection.statistical import select_spark as select_spark
+from portable.ops._sparse_selection.statistical import spark_ffn as spark_ffn
+from portable.ops._sparse_selection.statistical import statistical_threshold as statistical_threshold
 from portable.ops._ssd.api import ssd as ssd
 from portable.ops._ssd_step.api import ssd_step as ssd_step
