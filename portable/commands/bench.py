@@ -1,7 +1,9 @@
 """`portable bench`: what ops and models cost on this machine."""
 
 import argparse
+import dataclasses
 import json
+import sys
 
 from portable import reports, selection
 from portable.checks import PortableError
@@ -15,6 +17,8 @@ EXAMPLES = """examples:
   portable bench mamba2 --size 370m --dtype bfloat16 --batch 8
   portable bench mamba2 --model FOLDER --json
   portable bench dinat --size tiny --batch 8 # forward and training of images of 224 x 224 pixels
+  portable bench sparse                     # trains a small model, then answers questions with sparse attention
+  portable bench sparse --method MoBA --method DSA --prompt 2048 --plot moba.png
   portable bench ssd --impl xla_lanes,xla_chunks --estimate tpu-v6e   # by the compiler of a device that is not here
 """
 
@@ -22,7 +26,9 @@ EXAMPLES = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.epilog = EXAMPLES
-    parser.add_argument("what", nargs="*", help="ops of portable.ops or models of portable.models; without it, all ops")
+    parser.add_argument(
+        "what", nargs="*", help="ops of portable.ops, models of portable.models, or sparse; without it, all ops"
+    )
     parser.add_argument("--quick", action="store_true", help="small inputs and few samples: does it run, and roughly")
     parser.add_argument("--samples", type=int, metavar="N", help="runs of each program at least; 5 unless given")
     parser.add_argument("--case", action="append", default=[], help="of an op: example arguments by name (repeatable)")
@@ -47,6 +53,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, metavar="N", help="of a language model: tokens to read; 512 unless given")
     parser.add_argument("--tokens", type=int, metavar="N", help="of a language model: tokens to write; 64 unless given")
     parser.add_argument("--pixels", type=int, metavar="N", help="of a model of images: their side; 224 unless given")
+    parser.add_argument("--method", action="append", default=[], help="of sparse: only this method (repeatable)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of sparse: training steps of the small model")
+    parser.add_argument("--plot", metavar="FILE", help="of sparse: the picture; sparse_attention.png unless given")
     parser.add_argument("--json", action="store_true", help="print JSON, every sample included")
 
 
@@ -55,14 +64,18 @@ def run(args: argparse.Namespace) -> int:
     from portable import models
 
     known = models.MODELS
-    for name in ("samples", "batch", "prompt", "tokens", "pixels"):
+    for name in ("samples", "batch", "prompt", "tokens", "pixels", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise PortableError(f"bench: --{name} must be at least 1; got {getattr(args, name)}.")
+    if "sparse" in args.what:
+        return _sparse(args)
+    if given := [name for name in ("method", "steps", "plot") if getattr(args, name)]:
+        raise PortableError(f"bench: --{given[0]} belongs to sparse; name it: portable bench sparse.")
     what = args.what or list(selection.ops())
     if unknown := [name for name in what if name not in known and name not in selection.ops()]:
         raise PortableError(
             f"bench: there is no op or model called {unknown[0]!r}; ops: {', '.join(selection.ops())}; "
-            f"models: {', '.join(known)}."
+            f"models: {', '.join(known)}; or sparse."
         )
     _check_applies(args, [name for name in what if name in known], [name for name in what if name not in known])
     if args.estimate:
@@ -75,6 +88,40 @@ def run(args: argparse.Namespace) -> int:
     else:
         for title, rows, columns in tables:
             show([_report(title, rows, columns)], as_json=False)
+    return 0
+
+
+def _sparse(args: argparse.Namespace) -> int:
+    """Trains the model of the study, asks it with every method, prints a table and draws it."""
+    from portable.commands._benchmark import sparse, timing
+    from portable.training import progress, recall
+
+    others = ("size", "model", "dtype", "batch", "tokens", "pixels", "case", "implementation", "estimate")
+    if len(args.what) > 1:
+        raise PortableError(f"bench: sparse is measured alone; got {', '.join(args.what)}.")
+    if given := [name for name in others if getattr(args, name)]:
+        raise PortableError(f"bench: --{given[0]} does not belong to sparse, which trains its own small model.")
+    if unknown := [name for name in args.method if name not in sparse.METHODS]:
+        raise PortableError(f"bench: there is no method called {unknown[0]!r}; methods: {', '.join(sparse.METHODS)}.")
+    sizes = recall.QUICK if args.quick else recall.Sizes()
+    sizes = dataclasses.replace(sizes, length=args.prompt or sizes.length, steps=args.steps or sizes.steps)
+    if sizes.length < 6 * sparse.BLOCK:
+        raise PortableError(f"bench: --prompt of sparse must be at least {6 * sparse.BLOCK}; got {sizes.length}.")
+    shown = progress.Lines(sys.stderr) if args.json else progress.reporter()
+    model, losses = recall.train(recall.small_model(sizes), sizes, shown)
+    rows = list(sparse.records(model, sizes, args.method or list(sparse.METHODS), args.samples or 3, shown.note))
+    title = f"answers from {sizes.length} tokens, a model of {sizes.layers} layers, on {timing.platform()}"
+    picture = args.plot or "sparse_attention.png"
+    sparse.draw(rows, picture, f"Sparse attention: {title}")
+    if args.json:
+        machine = {row[0]: row[1] for row in reports.info().rows}
+        trained = {"steps": sizes.steps, "loss": losses[-1]}
+        print(
+            json.dumps({"machine": machine, "trained": trained, "picture": picture, "results": {title: rows}}, indent=2)
+        )
+    else:
+        show([_report(title, rows, sparse.COLUMNS)], as_json=False)
+        print(f"\nDrawn in {picture}. Needles and pairs: the share of {sizes.texts} texts' questions that is answered.")
     return 0
 
 
