@@ -9,6 +9,8 @@ from portable.adapters.config import LoRAConfig as LoRAConfig
 from portable.adapters.config import S2FTConfig as S2FTConfig
 from portable.adapters.lora_plus import labels as labels
 from portable.adapters.lora_plus import lora_plus as lora_plus
+from portable.adapters.peft_files import load_peft as load_peft
+from portable.adapters.peft_files import save_peft as save_peft
 from portable.adapters.surgery import activate as activate
 from portable.adapters.surgery import active as active
 from portable.adapters.surgery import adapter_names as adapter_names

@@ -38,6 +38,12 @@ def modules(model: nnx.Module) -> Iterator[tuple[tuple, Any, bool]]:
         yield path, module, any(path[: len(s)] == s for s in stacks)
 
 
+def matrix_sizes(layer: Any) -> tuple[int, int]:
+    """Returns (d, o), the sizes of a layer's weight as a matrix."""
+    kind: Any = kind_of(layer)
+    return tuple(kind.matrix(layer, kind.slots(layer)[0]).shape[-2:])
+
+
 def dotted(path: Sequence[Any]) -> str:
     """Returns a path as a name."""
     return ".".join(map(str, path))

@@ -1,11 +1,12 @@
 """What a model's weights are called in its checkpoint, and so in PEFT's files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flax import nnx
 
-from portable.checkpoint import Rule, WeightMap, conv2d, transposed
+from portable.adapters.matching import dotted, matrix_sizes, modules
+from portable.checkpoint import Rule, WeightMap, same, transposed
 from portable.checkpoint.weight_map import Tensor
 from portable.models import MODELS
 from portable.models.language_model import LanguageModel
@@ -26,19 +27,24 @@ def weight_map(model: nnx.Module) -> WeightMap:
     if family is not None:
         config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
         return family.weight_map("transformers" if "transformers" in config.formats else config.formats[0], config)
+    found = {dotted(path): module for path, module, _ in modules(model)}
     rules = []
-    for path, shape in shapes(model).items():
+    for path in shapes(model):
         owner, _, leaf = path.rpartition(".")
-        layouts = {"kernel": conv2d if len(shape) == 4 else transposed}
-        if leaf == "kernel" and len(shape) in (3, 4):
-            layouts = {"kernel": _channels_first}
         name = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(leaf, leaf)
-        rules.append(Rule(f"{owner}.{name}" if owner else name, path, layouts.get(leaf, lambda x: x)))
+        layout = _layout(found[owner]) if leaf == "kernel" else same
+        rules.append(Rule(f"{owner}.{name}" if owner else name, path, layout))
     return WeightMap(tuple(rules))
 
 
-def _channels_first(array: Any) -> Any:
-    return array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))
+def _layout(layer: Any) -> Callable:
+    """Returns how torch holds the kernel of a layer."""
+    if isinstance(layer, nnx.Conv):
+        return lambda x: x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
+    if isinstance(layer, nnx.LinearGeneral | nnx.Einsum):
+        d, o = matrix_sizes(layer)
+        return lambda x: x.reshape(d, o).T
+    return transposed
 
 
 def tensors(model: nnx.Module, given: WeightMap | None = None) -> list[Tensor]:

@@ -46,7 +46,8 @@ def dora_linear(
 
     Args:
       x: [*tokens, d]; the dtype of the products.
-      w: [d, o], integers with w_scale; or [e, d, o] with group_sizes.
+      w: [d, o], integers with w_scale, or a quantised array (`qwix.QArray`), of which one scaled by output channel is
+        never formed; or [e, d, o] with group_sizes.
       a, b: [d, r] and [r, o]; with ids [n, d, r] and [n, r, o], with group_sizes [e, d, r] and [e, r, o].
       m: magnitudes [o]; with ids [n, o], with group_sizes [e, o].
       scale: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
@@ -150,6 +151,8 @@ def prepare(
     op="dora_linear",
 ):
     """Checks the arguments; returns the core's arrays (see `Arguments`) and its options."""
+    if hasattr(w, "qvalue"):
+        w, w_scale = _quantised(op, w, w_scale)
     _check(op, x, w, a, b, m, bias, norms, squares, ids, group_sizes, w_scale)
     if norm not in NORMS:
         raise ValueError(f"{op}: norm must be one of {', '.join(NORMS)}; got {norm!r}.")
@@ -178,6 +181,18 @@ def prepare(
     whole = dropping and m is not None and dropout_mode == "peft"
     options = {"scale": float(scale), "rate": float(dropout) if dropping else 0.0, "generator": generator}
     return vary_together(*arrays), {**options, "whole": whole, "out_dtype": jnp.dtype(out_dtype or dtype)}
+
+
+def _quantised(op, w, w_scale):
+    """Returns a quantised array (qwix) as integers and their scale by output channel, or as what it stands for."""
+    if w_scale is not None:
+        raise ValueError(f"{op}: a quantised w has its scale with it; got w_scale beside it.")
+    plain = jnp.issubdtype(w.qvalue.dtype, jnp.integer) and jnp.dtype(w.qtype) == w.qvalue.dtype
+    if plain and w.zero_point is None and w.scale.shape == (*[1] * (w.ndim - 1), w.shape[-1]):
+        return w.qvalue, w.scale.reshape(-1)
+    import qwix
+
+    return qwix.dequantize(w), None
 
 
 def _check(op, x, w, a, b, m, bias, norms, squares, ids, group_sizes, w_scale) -> None:
