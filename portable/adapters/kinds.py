@@ -316,16 +316,15 @@ class _MoE(Kind):
         found = {slot: layer.adapter(slot) for slot in ("gate", "up", "down")}
         if any(a is not None and a.ids for a in found.values()):
             raise ValueError("MoE: rows of a batch cannot have adapters of their own through experts; use one for all.")
-        weights = {s: None if p is None else value(p) for s, p in (("gate", layer.gate), ("up", layer.up))}
-        weights["down"] = value(layer.down)
+        weights: dict[str, Any] = {slot: value(getattr(layer, slot)) for slot in found}
         biases = {"gate": value(layer.gate_bias), "up": value(layer.up_bias), "down": value(layer.down_bias)}
         for slot, adapter in found.items():
             if isinstance(adapter, Chosen):
                 weights[slot], found[slot] = adapter.updated(weights[slot]), None
-        cast = {s: None if w is None else w.astype(layer.dtype) for s, w in weights.items()}
+        cast: dict[str, Any] = {s: None if w is None else w.astype(layer.dtype) for s, w in weights.items()}
         if not any(found.values()):
             given = {f"b_{s}": None if b is None else b.astype(layer.dtype) for s, b in biases.items()}
-            return ops.moe_ffn(x, *cast.values(), routing, activation=layer.activation, **given)
+            return ops.moe_ffn(x, cast["gate"], cast["up"], cast["down"], routing, activation=layer.activation, **given)
         experts, k = weights["up"].shape[0], routing.indices.shape[-1]
         plan = plans.make(routing.indices.reshape(-1, k), experts)
         real = routing.indices.reshape(-1, k) < experts

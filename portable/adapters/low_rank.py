@@ -56,7 +56,7 @@ class LowRank(nnx.Module):
         """Returns what multiplies the output channels, [*e, o] float32, or None without magnitudes."""
         if self.magnitude is None:
             return None
-        n = self.norm(w) if self.norms is None else value(self.norms)
+        n: Any = self.norm(w) if self.norms is None else value(self.norms)
         n = jax.lax.stop_gradient(n) if self.detached else n
         return jnp.where(n > 0, value(self.magnitude) / jnp.where(n > 0, n, 1), 0)
 

@@ -59,7 +59,9 @@ def candidates(model: nnx.Module, aliases: Any = None) -> list[Target]:
     found = []
     for path, module, stacked in modules(model):
         kind = kind_of(module)
-        for slot in kind.slots(module) if kind is not None else ():
+        if kind is None:
+            continue
+        for slot in kind.slots(module):
             name = dotted((*path, slot)) if isinstance(module, nn.MoE) else dotted(path)
             others = (aliases or {}).get(dotted((*path, slot)), ())
             found.append(Target((name, *others), module, slot, kind, stacked))

@@ -183,8 +183,8 @@ def _modules(model: nnx.Module, weight_map: WeightMap | None) -> dict[str, list[
         where[path] = target
     found: dict[str, list[_Part]] = {}
     for tensor in names.tensors(model, weight_map):
-        own = [where.get(block.path) for block in tensor.blocks]
-        if not all(own) or not tensor.name.endswith(".weight"):
+        own = [where[block.path] for block in tensor.blocks if block.path in where]
+        if len(own) < len(tensor.blocks) or not tensor.name.endswith(".weight"):
             continue
         if not any(isinstance(t.layer, nn.MoE) and b.index is None for t, b in zip(own, tensor.blocks, strict=True)):
             found[names.module_of(tensor.name)] = [_Part(where[b.path], b, tensor) for b in tensor.blocks]

@@ -255,7 +255,7 @@ def _adapter(target: Target, config: Any, rngs: nnx.Rngs) -> Any:
     *lead, d, o = w.shape
     if isinstance(config, S2FTConfig):
         axis, size = (-2, d) if config.side == "in" else (-1, o)
-        draws = jax.random.split(rngs.params(), lead or 1).reshape(-1)
+        draws = jax.random.split(rngs.params(), tuple(lead) or (1,)).reshape(-1)
         index = jax.vmap(lambda k: jnp.sort(jax.random.permutation(k, size)[: config.channels]))(draws)
         shape = (*lead, config.channels, o) if axis == -2 else (*lead, d, config.channels)
         return Chosen(config, jnp.zeros(shape, dtype), index.reshape(*lead, -1), axis=axis, axes=axes)
@@ -273,21 +273,16 @@ def _adapter(target: Target, config: Any, rngs: nnx.Rngs) -> Any:
 
 def low_rank(config: LoRAConfig, w: Any, a: Any, b: Any, magnitude: Any, scale: float, axes: tuple) -> LowRank:
     """Returns LoRA or DoRA for a weight w [*e, d, o]; a magnitude of None is the updated weight's norm."""
-    magnitudes = squares = None
-    if isinstance(config, DoRAConfig):
-        w = dense(w)
-        wide = jnp.promote_types(jnp.float32, w.dtype)
-        squares = jnp.sum(jnp.square(w.astype(wide)), axis=-2)
-        magnitudes = magnitude
     a, b = jnp.asarray(a, config.adapter_dtype), jnp.asarray(b, config.adapter_dtype)
-    made = LowRank(config, a, b, magnitudes, squares, scale=scale, axes=axes)
-    if isinstance(config, DoRAConfig) and magnitude is None:
-        made = LowRank(config, a, b, jnp.zeros_like(squares), squares, scale=scale, axes=axes)
-        wide = w.astype(jnp.promote_types(jnp.float32, w.dtype))
-        update = scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        start = jnp.sqrt(jnp.sum(jnp.square(wide + update), axis=-2))
-        made.magnitude.set_value(start.astype(jnp.promote_types(jnp.float32, a.dtype)))  # pyright: ignore
-    return made
+    if not isinstance(config, DoRAConfig):
+        return LowRank(config, a, b, None, None, scale=scale, axes=axes)
+    w = dense(w)
+    w = w.astype(jnp.promote_types(jnp.float32, w.dtype))
+    squares = jnp.sum(jnp.square(w), axis=-2)
+    if magnitude is None:
+        updated = w + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        magnitude = jnp.sqrt(jnp.sum(jnp.square(updated), axis=-2)).astype(jnp.promote_types(jnp.float32, a.dtype))
+    return LowRank(config, a, b, magnitude, squares, scale=scale, axes=axes)
 
 
 def _drawn(config: LoRAConfig, embedding: bool, left: tuple, right: tuple, rngs: nnx.Rngs) -> tuple[Any, Any]:

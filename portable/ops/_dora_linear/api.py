@@ -171,7 +171,7 @@ def prepare(
         positive = ~(norms <= 0)
         gain = jnp.where(positive, m.astype(wide) / jnp.where(positive, norms, 1), 0)
     generator, dropping = "", key is not None and dropout > 0
-    if dropping:
+    if key is not None and dropping:
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         generator = str(jax.random.key_impl(key)) if typed else jax.config.jax_default_prng_impl  # pyright: ignore
         key = jax.random.key_data(key) if typed else key

@@ -91,7 +91,9 @@ class Meeting:
         a: the core's arguments. shared: whether all rows meet one factor, as they do the weight beside adapters.
         """
         self.wide, self.tokens = a.wide, a.x.shape[:-1]
-        self.sizes = self.order = self.own = None
+        self.sizes: Any = None
+        self.order: Any = None
+        self.own: Any = None
         if a.group_sizes is not None:
             self.sizes = a.group_sizes
         elif a.ids is not None and not shared:
