@@ -33,7 +33,7 @@ def lora_plus(
       learning_rate: of everything but B; a number or a schedule.
       ratio: of B's to it.
     """
-    rate: Any = learning_rate
-    faster = (lambda step: ratio * rate(step)) if callable(rate) else ratio * rate
+    rate: Any = learning_rate  # a number or a schedule
+    faster: Any = (lambda step: ratio * rate(step)) if callable(learning_rate) else ratio * rate
     rates = dict.fromkeys(LABELS, learning_rate) | {"b": faster}
     return optax.multi_transform({label: make(rate) for label, rate in rates.items()}, labels)
