@@ -17,6 +17,7 @@ from portable.adapters.kinds import Adapted, is_low_rank
 from portable.adapters.low_rank import LowRank, value
 from portable.adapters.matching import Target, candidates
 from portable.adapters.peft_config import from_peft, to_peft
+from portable.adapters.peft_whole import PREFIX, read_whole, write_saved
 from portable.adapters.saved import save_modules, saved_weights
 from portable.adapters.surgery import activate, active, attach, check_name, low_rank, unstacked
 from portable.checkpoint import Checkpoint, WeightMap, locate, read_json
@@ -24,7 +25,6 @@ from portable.checkpoint.weight_map import Block, Tensor
 from portable.checks import CheckpointError, ConfigError
 from portable.files import replace
 
-_PREFIX = "base_model.model."
 _ENDS = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -106,7 +106,7 @@ def save_peft(
                 if abs(alpha - config.alpha) > 1e-9 * abs(config.alpha):
                     alphas[re.escape(module)] = alpha
         saved = saved_weights(model, name)  # pyright: ignore[reportArgumentType]
-        owners = _write_saved(tensors, model, saved, weight_map)
+        owners = write_saved(tensors, model, saved, weight_map)
     content = to_peft(config, targets, [], ranks, alphas, owners, base_model)
     folder = Path(folder).expanduser()
     try:
@@ -158,7 +158,7 @@ def load_peft(
         for module, factors in found.items():
             if module in modules:
                 problems += _fit(module, modules[module], factors, isinstance(config, DoRAConfig))
-        values, misfits = _whole(model, whole, weight_map)
+        values, misfits = read_whole(model, whole, config.modules_to_save or (), weight_map)
         problems += misfits
         if problems or not found:
             listed = "\n".join(problems) or "  it holds no factors"
@@ -170,7 +170,7 @@ def load_peft(
         for target, adapter in made:
             attach(target, name, adapter)
         activate(model, name)
-        _set_whole(model, values)
+        _setread_whole(model, values)
     return [target.names[0] for target, _ in made]
 
 
@@ -227,7 +227,7 @@ def _write(tensors: dict, module: str, parts: list[_Part], own: list) -> tuple[i
         if adapter.magnitude is not None:
             magnitude[places] = _factor(value(adapter.magnitude), part.block.index)
     left = lefts[0] if alike else np.concatenate(lefts)
-    path = _PREFIX + module
+    path = PREFIX + module
     layer = parts[0].target.layer
     if isinstance(layer, nnx.Conv):
         k = layer.kernel_size
@@ -260,10 +260,12 @@ def _sorted(tensors: dict[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndar
     found: dict[str, dict[str, np.ndarray]] = {}
     whole = {}
     for key, array in tensors.items():
-        bare = key.removeprefix(_PREFIX)
+        bare = key.removeprefix(PREFIX)
         end = next((end for end in _ENDS if bare.endswith(end)), None)
         if end is None:
-            whole[bare.replace(".modules_to_save.default", "").replace(".modules_to_save", "")] = array
+            for part in (".modules_to_save.default", ".modules_to_save", ".base_layer"):
+                bare = bare.replace(part, "")
+            whole[bare] = array
         else:
             found.setdefault(bare.removesuffix(end), {})[_ENDS[end]] = array
     return found, whole
@@ -340,51 +342,3 @@ def _attached(config: LoRAConfig, parts: list[_Part], own: list[tuple[str, dict]
                 m[part.block.index] = size
     m = None if m is None else jnp.asarray(m, jnp.float32)
     return low_rank(config, w, a, b, m, scales.pop(), axes)
-
-
-def _write_saved(tensors: dict, model: nnx.Module, saved: dict[str, Any], weight_map: WeightMap | None) -> list[str]:
-    """Adds the weights that are trained whole; returns the modules they belong to."""
-    owners = []
-    for tensor in names.tensors(model, weight_map) if saved else ():
-        if not any(block.path in saved for block in tensor.blocks):
-            continue
-        out = np.zeros(tensor.shape, np.float32)
-        for block in tensor.blocks:
-            array = np.asarray(saved[block.path].get_value(), np.float32)
-            places = (*[slice(None)] * block.axis, block.places(tensor.shape[block.axis] if tensor.shape else 1))
-            out[places] = tensor.view(array, block)
-        tensors[_PREFIX + tensor.name] = out
-        owners.append(names.module_of(tensor.name))
-    return list(dict.fromkeys(owners))
-
-
-def _whole(model: nnx.Module, whole: dict[str, np.ndarray], weight_map: WeightMap | None) -> tuple[dict, list[str]]:
-    """Returns {path: value} of weights trained whole, and a line for each tensor that does not fit."""
-    known = {t.name: t for t in names.tensors(model, weight_map)} if whole else {}
-    values, problems = {}, []
-    shapes = names.shapes(model) if whole else {}
-    for key, array in whole.items():
-        tensor = known.get(key)
-        if tensor is None:
-            problems.append(f"  unknown     {key}")
-        elif tensor.shape != array.shape:
-            problems.append(f"  wrong shape {key}: expected {list(tensor.shape)}, got {list(array.shape)}")
-        else:
-            for block in tensor.blocks:
-                target = values.setdefault(block.path, np.zeros(shapes[block.path], np.float32))
-                places = (*[slice(None)] * block.axis, block.places(array.shape[block.axis] if array.shape else 1))
-                tensor.view(target, block)[...] = np.atleast_1d(array)[places]
-    return values, problems
-
-
-def _set_whole(model: nnx.Module, values: dict[str, np.ndarray]) -> None:
-    if not values:
-        return
-    held = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(model))}
-    for path, array in values.items():
-        module: Any = model
-        *parts, field = path.split(".")
-        for part in parts:
-            module = module[int(part)] if part.isdigit() else getattr(module, part)
-        variable = getattr(module, field)
-        variable.set_value(jnp.asarray(array, held[path].get_value().dtype))

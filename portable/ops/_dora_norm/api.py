@@ -23,7 +23,7 @@ def dora_norm(
     Either the updated weight is formed (`xla_dense`), or the square is expanded (`xla_factored`),
     ||w + s a b||^2 = ||w||^2 + 2 s <b, a^T w> + s^2 <b, (a^T a) b>, column by column, which needs memory for [r, o]
     alone and never forms w's own part again where its `squares` are given. The expansion loses digits where the update
-    cancels the weight: its relative error is about 1e-7 * (||w|| / ||w + s a b||)^2.
+    cancels the weight: its relative error is some 1e-7 * (||w|| / ||w + s a b||)^2.
 
     Operands meet in w's dtype, products of float32 at full precision; sums are float32 (float64 in float64).
     Differentiable in w, a and b, in reverse mode, with slope 0 where a norm is 0.
