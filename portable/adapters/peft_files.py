@@ -17,7 +17,7 @@ from portable.adapters.kinds import Adapted, is_low_rank
 from portable.adapters.low_rank import LowRank, value
 from portable.adapters.matching import Target, candidates
 from portable.adapters.peft_config import from_peft, to_peft
-from portable.adapters.peft_whole import PREFIX, read_whole, write_saved
+from portable.adapters.peft_whole import PREFIX, read_whole, set_whole, write_saved
 from portable.adapters.saved import save_modules, saved_weights
 from portable.adapters.surgery import activate, active, attach, check_name, low_rank, unstacked
 from portable.checkpoint import Checkpoint, WeightMap, locate, read_json
@@ -170,7 +170,7 @@ def load_peft(
         for target, adapter in made:
             attach(target, name, adapter)
         activate(model, name)
-        _setread_whole(model, values)
+        set_whole(model, values)
     return [target.names[0] for target, _ in made]
 
 

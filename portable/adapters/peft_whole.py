@@ -71,7 +71,7 @@ def _variable(model: Any, path: str) -> Any:
     return model
 
 
-def _setread_whole(model: nnx.Module, values: dict[str, np.ndarray]) -> None:
+def set_whole(model: nnx.Module, values: dict[str, np.ndarray]) -> None:
     for path, array in values.items():
         variable = _variable(model, path)
         variable.set_value(jnp.asarray(array, variable.get_value().dtype))
