@@ -32,16 +32,19 @@ def assign(model: Model, rows: Any, *, names: Sequence[str] | None = None) -> Mo
     Raises:
       ValueError: a name is unknown, an adapter is not LoRA or DoRA, or has modules trained whole.
     """
-    known = list(names if names is not None else adapter_names(model))
     view = nnx.merge(*nnx.split(model))
     layers = adapted_layers(view)
     if not layers:
         raise ValueError("assign: the model has no adapter; apply or load one first.")
-    if names is None and layers[0][1].bank is not None:
-        known = list(layers[0][1].bank_names)
+    held = None if layers[0][1].bank is None else list(layers[0][1].bank_names)
+    if held is not None and names is not None:
+        raise ValueError(f"assign: a view has the adapters it was made with, {', '.join(held)}; give the model itself.")
+    known = held or list(names if names is not None else adapter_names(model))
+    if unknown := [name for name in known if held is None and name not in adapter_names(model)]:
+        raise ValueError(f"assign: no adapter is called {unknown[0]!r}; there are: {', '.join(adapter_names(model))}.")
     ids = _ids(rows, known)
     for path, layer, stacked in layers:
-        if layer.bank is None or names is not None:
+        if layer.bank is None:
             layer.bank = nnx.Dict({slot: _stacked(path, layer, slot, known, stacked) for slot in layer.adapters})
             layer.bank_names = tuple(known)
         count = next(iter(layer.bank.values())).a.get_value().shape[0] if stacked else 0
@@ -116,5 +119,5 @@ def dropping(model: Model, key: Any) -> Model:
             own = jax.random.fold_in(jax.random.fold_in(key, i), j)
             lead = adapter.a.get_value().shape[: adapter.a.get_value().ndim - 2 - adapter.ids]
             own = jax.random.split(own, lead) if lead else own
-            adapter.key = AdapterCache(jax.random.key_data(own))
+            adapter.key = AdapterCache(own)
     return view

@@ -74,8 +74,9 @@ class Kind:
 
     def axes(self, layer: Any, slot: str) -> tuple:
         """Returns the logical axes (*e, d, o) where the weight has them and is a matrix as it lies; else ()."""
-        given = getattr(layer, slot).get_metadata().get("axes", ())
-        return tuple(given) if self.matrix(layer, slot).ndim == len(given) else ()
+        given = tuple(getattr(layer, slot).get_metadata().get("axes", ()))
+        # Stacked layers add an axis in front.
+        return (None,) * (self.matrix(layer, slot).ndim - len(given)) + given if given else ()
 
     def matrix(self, layer: Any, slot: str) -> Any:
         """Returns the weight as [*e, d, o]."""
@@ -195,16 +196,7 @@ class _Einsum(Kind):
                 made = layer.linear(rows, w, None, **options)
         made = made.reshape([size[c] for c in each + free + out])
         made = made.transpose([(each + free + out).index(c) for c in y])
-        return made if bias is None else made + bias.reshape(self._bias_shape(layer, made, bias))
-
-    def _bias_shape(self, layer: Any, made, bias) -> tuple[int, ...]:
-        y = self._parts(layer)[2].replace("...", "")
-        if bias.ndim == made.ndim:
-            return bias.shape
-        size = dict(zip(y, made.shape[made.ndim - len(y) :], strict=True))
-        kernel = set(self._parts(layer)[1])
-        tail = tuple(size[c] if c in kernel else 1 for c in y)
-        return tail if math.prod(tail) == bias.size else bias.shape
+        return made if bias is None else made + bias.reshape([size[c] if c in kernel else 1 for c in y])
 
 
 class _LinearGeneral(_Einsum):

@@ -211,6 +211,8 @@ def merge(model: Model) -> Model:
     """
     if active(model) is None and not saved_of(model):
         raise ValueError("merge: the model has no active adapter; activate one (portable.adapters.activate).")
+    if any(layer.bank is not None for _, layer, _ in adapted_layers(model)):
+        raise ValueError("merge: rows of this view have adapters of their own; merge the model it was made of.")
     weights.check_tied(model)
     new = nnx.merge(*nnx.split(model))
     for _, layer, _ in adapted_layers(new):
