@@ -24,7 +24,7 @@ _ONLY: dict[str, tuple] = {
 _IGNORED = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "auto_mapping"}
 _IGNORED |= {"megatron_core", "qalora_group_size", "runtime_config", "eva_config", "lora_dropout", "use_dora"}
 _IGNORED |= {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"}
-_IGNORED |= {"target_parameters", "modules_to_save", "layers_to_transform", "layers_pattern"}
+_IGNORED |= {"modules_to_save", "layers_to_transform", "layers_pattern"}
 
 
 def from_peft(given: Mapping[str, Any], source: str = "adapter_config.json") -> LoRAConfig:
@@ -61,7 +61,6 @@ def from_peft(given: Mapping[str, Any], source: str = "adapter_config.json") -> 
 def to_peft(
     config: LoRAConfig,
     targets: list[str],
-    parameters: list[str],
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
     saved: list[str],
@@ -71,7 +70,7 @@ def to_peft(
 
     Args:
       config: of the adapter.
-      targets, parameters: modules, and parameters of experts, by PEFT's names.
+      targets: modules, by PEFT's names.
       ranks, alphas: of modules that differ from the configuration's own.
       saved: modules trained whole.
       base_model: folder or hub id of the model, or None.
@@ -94,7 +93,7 @@ def to_peft(
         "rank_pattern": dict(ranks),
         "alpha_pattern": {module: plain(alpha) for module, alpha in alphas.items()},
         "target_modules": targets,
-        "target_parameters": parameters or None,
+        "target_parameters": None,
         "modules_to_save": saved or None,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -107,7 +107,7 @@ def save_peft(
                     alphas[re.escape(module)] = alpha
         saved = saved_weights(model, name)  # pyright: ignore[reportArgumentType]
         owners = write_saved(tensors, model, saved, weight_map)
-    content = to_peft(config, targets, [], ranks, alphas, owners, base_model)
+    content = to_peft(config, targets, ranks, alphas, owners, base_model)
     folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -309,7 +309,13 @@ def test_nan_in_a_file_is_refused(folder):
 
 @pytest.mark.parametrize(
     "option, value",
-    [("use_qalora", True), ("bias", "all"), ("layer_replication", [[0, 1]]), ("velora_config", {"a": 1})],
+    [
+        ("use_qalora", True),
+        ("bias", "all"),
+        ("layer_replication", [[0, 1]]),
+        ("velora_config", {"a": 1}),
+        ("target_parameters", ["experts.up"]),
+    ],
 )
 def test_options_that_are_not_supported_are_named(folder, option, value):
     file = folder / "adapter_config.json"
