@@ -146,7 +146,7 @@ DEEPSEEK |= {"qk_rope_head_dim": 4, "v_head_dim": 6, "n_routed_experts": 4, "num
 DEEPSEEK |= {"topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 2, "pad_token_id": None}
 CASES = {
     "Llama": (LLAMA, ["q_proj", "v_proj", "down_proj", "embed_tokens"], {"modules_to_save": ["lm_head"]}),
-    "Mamba2": (MAMBA2, ["in_proj", "out_proj"], {}),
+    "Mamba2": (MAMBA2, ["in_proj"], {}),
     "DeepseekV3": (DEEPSEEK, ["kv_a_proj_with_mqa", "kv_b_proj"], {}),
 }
 
@@ -187,7 +187,7 @@ def test_fused_projections_and_stacked_layers_of_the_librarys_models(kind, tmp_p
 def test_blocks_of_a_fused_projection_with_factors_of_their_own(tmp_path):
     theirs = transformers_model("Mamba2", tmp_path / "model", **MAMBA2)
     ours = models.load(tmp_path / "model")
-    config = adapters.DoRAConfig(rank=2, alpha=3, rslora=True, target_modules=["in_x", "in_dt", "out"], init="random")
+    config = adapters.DoRAConfig(rank=2, alpha=3, rslora=True, target_modules=["in_x", "in_dt"], init="random")
     adapters.apply(ours, config)
     adapters.save_peft(ours, tmp_path / "ours")
     tokens = np.arange(14).reshape(2, 7)
