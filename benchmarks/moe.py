@@ -1,21 +1,15 @@
 """`moe_ffn` beside its peers on a processor: a dense network on as many rows, ragged_dot, and transformers' experts.
 
-All programs of a size are compiled and warmed up in one process, then take turns, one sample each a round, in an order
-that rotates. A ratio is one of medians of wall time.
+See `harness.phases` for how it measures.
 
     pip install -e '.[oracles]'
     python benchmarks/moe.py                        # every phase, about half an hour on two cores
     python benchmarks/moe.py sizes --rounds 5       # one phase; its results replace those it had
     python benchmarks/moe.py --show                 # the table of the committed results
-
-Large arrays cost a processor more to get than to fill where the C library asks the system for them in small pages; on
-Linux GLIBC_TUNABLES=glibc.malloc.hugetlb=1 asks for large ones. It is set for every program here, peers included.
 """
 
-import argparse
 import functools
 import gc
-import json
 import os
 import pathlib
 import sys
@@ -25,15 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import measure, report
+from harness import phases, report
+from harness.phases import compiled, ratio, run, take_turns, with_gradients
+from harness.products import product_flops
 
-from portable import ops
+from portable import ops, parity
+from portable.ops._grouped_matmul import tiles, xla_large_tiles
 from portable.parity import hlo
 
-TUNED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "moe.json"
-OTHERS = ("minima", "processor time")
 D, F = 1024, 2816
 # (tokens, choices of each, experts), and the bar on time over one dense network on tokens * choices rows.
 SIZES = {(512, 2, 8): 1.6, (512, 6, 64): 1.7, (4096, 2, 8): 0.9, (4096, 6, 64): 0.9}
@@ -61,16 +56,6 @@ def apart(stacked: list[jax.Array]) -> list[tuple]:
 def dense(x, w_gate, w_up, w_down):
     """One gated network."""
     return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
-
-
-def with_gradients(fn: Callable) -> Callable:
-    """Returns (arguments..., dout) -> (value, gradients)."""
-
-    def both(*args):
-        out, pull = jax.vjp(fn, *args[:-1])
-        return out, pull(args[-1])
-
-    return both
 
 
 def torch_experts(kind: str, stacked: list[jax.Array], chosen: ops.Routing, x: jax.Array, gradients: bool) -> Callable:
@@ -104,38 +89,6 @@ def torch_experts(kind: str, stacked: list[jax.Array], chosen: ops.Routing, x: j
     return run
 
 
-def compiled(fn: Callable, *args: Any) -> tuple[Callable, dict[str, int]]:
-    """Returns a run of a compiled program, and its memory by kind."""
-    done = jax.jit(fn).lower(*args).compile()
-    return functools.partial(done, *args), hlo.memory(done)
-
-
-def take_turns(programs: dict[str, Callable], rounds: int) -> dict[str, dict[str, Any]]:
-    """Runs each once to warm up, then in turns; returns seconds, wall and processor, of each."""
-    names, found = list(programs), {name: {"wall": [], "cpu": []} for name in programs}
-    for name in names:
-        jax.block_until_ready(programs[name]())
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            taken = measure.timed(lambda name=name: jax.block_until_ready(programs[name]()))
-            for which, seconds in taken.items():
-                found[name][which].append(seconds)
-        print(f"  round {i + 1} of {rounds}", file=sys.stderr)
-    return {name: {which: measure.summary(x) for which, x in both.items()} for name, both in found.items()}
-
-
-def over(what: str, ours: dict, against: str, theirs: dict, relation: str, bar: float | None) -> report.Row:
-    """Returns the row of a ratio of medians: our time over theirs ("<="), or theirs over ours (">=")."""
-
-    def ratio(which: str, of: str) -> float:
-        value = ours[which][of] / theirs[which][of]
-        return value if relation == "<=" else 1 / value
-
-    others = {"minima": ratio("wall", "min"), "processor time": ratio("cpu", "median")}
-    texts = f"{1e3 * ours['wall']['median']:.1f} ms", against, f"{1e3 * theirs['wall']['median']:.1f} ms"
-    return report.Row(what, *texts, ratio("wall", "median"), relation, bar, others=others)
-
-
 def sizes(rounds: int) -> Iterator[list[report.Row]]:
     """Forward, with the experts' arrays apart and stacked, and forward and backward."""
     for (tokens, k, experts), bar in SIZES.items():
@@ -146,12 +99,13 @@ def sizes(rounds: int) -> Iterator[list[report.Row]]:
         x = jax.random.normal(jax.random.key(3), (tokens, D))
         repeated = jnp.repeat(x, k, 0)
         apart_arrays = apart(stacked)
-        run, memory = compiled(ops.moe_ffn, x, *stacked, chosen)
-        programs = {"stacked": run, "apart": compiled(ops.moe_ffn, x, *apart_arrays, chosen)[0]}
-        programs["dense"] = compiled(dense, repeated, *[w[0] for w in stacked])[0]
+        stacked_run, program, _ = compiled(ops.moe_ffn, x, *stacked, chosen)
+        memory = hlo.memory(program)
+        programs = {"stacked": stacked_run, "apart": run(ops.moe_ffn, x, *apart_arrays, chosen)}
+        programs["dense"] = run(dense, repeated, *[w[0] for w in stacked])
         if experts == 8:
             ragged = functools.partial(ops.moe_ffn, implementation="xla_ragged")
-            programs["ragged_dot"] = compiled(ragged, x, *stacked, chosen)[0]
+            programs["ragged_dot"] = run(ragged, x, *stacked, chosen)
         for kind in ("eager", "grouped_mm"):
             programs[f"transformers, {kind}"] = torch_experts(kind, stacked, chosen, x, False)
         want = np.asarray(programs["stacked"]())
@@ -159,30 +113,30 @@ def sizes(rounds: int) -> Iterator[list[report.Row]]:
             error = np.abs(np.asarray(programs[other]()) - want).max() / np.abs(want).max()
             assert error < 1e-5, (other, error)
         times = take_turns(programs, rounds)
-        rows.append(over(f"{name}, forward", times["apart"], "a dense network", times["dense"], "<=", bar))
-        rows.append(over("  stacked", times["stacked"], "a dense network", times["dense"], "<=", None))
+        rows.append(ratio(f"{name}, forward", times["apart"], "a dense network", times["dense"], "<=", bar))
+        rows.append(ratio("  stacked", times["stacked"], "a dense network", times["dense"], "<=", None))
         if experts == 8:
-            rows.append(over("  stacked", times["stacked"], "ragged_dot", times["ragged_dot"], ">=", RAGGED_BAR))
+            rows.append(ratio("  stacked", times["stacked"], "ragged_dot", times["ragged_dot"], ">=", RAGGED_BAR))
         for other in [o for o in programs if o.startswith("transformers")]:
-            rows.append(over("  stacked", times["stacked"], other, times[other], ">=", 1.0))
+            rows.append(ratio("  stacked", times["stacked"], other, times[other], ">=", 1.0))
         limit = 1.2 * 2**30 if (tokens, experts) == (4096, 64) else None
         text = f"{memory['temp'] / 2**20:.0f} MiB"
         rows.append(report.Row("  stacked, memory", text, "", "", memory["temp"], "<=", limit, text))
         forward = times["stacked"]
-        del programs, apart_arrays, run, want
+        del programs, apart_arrays, stacked_run, program, want
         gc.collect()
 
         def value(x, gate, up, down, given, chosen=chosen):
             return ops.moe_ffn(x, gate, up, down, ops.Routing(chosen.indices, given, chosen.num_experts))
 
         args = [x, *stacked, chosen.weights, jnp.ones_like(x)]
-        programs: dict[str, Callable] = {"both": compiled(with_gradients(value), *args)[0]}
+        programs: dict[str, Callable] = {"both": run(with_gradients(value), *args)}
         for kind in ("eager", "grouped_mm"):
             programs[f"transformers, {kind}"] = torch_experts(kind, stacked, chosen, x, True)
         times = take_turns(programs, max(3, rounds // 2))
-        rows.append(over("  forward and backward", times["both"], "its forward", forward, "<=", BACKWARD_BAR))
+        rows.append(ratio("  forward and backward", times["both"], "its forward", forward, "<=", BACKWARD_BAR))
         for other in [o for o in programs if o.startswith("transformers")]:
-            rows.append(over("  forward and backward", times["both"], other, times[other], ">=", 1.0))
+            rows.append(ratio("  forward and backward", times["both"], other, times[other], ">=", 1.0))
         del programs, stacked, args
         gc.collect()
         yield rows
@@ -193,11 +147,10 @@ def skew(rounds: int) -> Iterator[list[report.Row]]:
     for tokens, k in ((512, 6), (4096, 6)):
         stacked, x = weights(64), jax.random.normal(jax.random.key(3), (tokens, D))
         programs = {
-            n: compiled(ops.moe_ffn, x, *stacked, routing(tokens, k, 64, s))[0]
-            for n, s in (("even", 0.0), ("Zipf", 1.0))
+            n: run(ops.moe_ffn, x, *stacked, routing(tokens, k, 64, s)) for n, s in (("even", 0.0), ("Zipf", 1.0))
         }
         times = take_turns(programs, rounds)
-        yield [over(f"{tokens} tokens, {k} of 64, by Zipf", times["Zipf"], "even", times["even"], "<=", SKEW_BAR)]
+        yield [ratio(f"{tokens} tokens, {k} of 64, by Zipf", times["Zipf"], "even", times["even"], "<=", SKEW_BAR)]
 
 
 def decode(rounds: int) -> Iterator[list[report.Row]]:
@@ -220,51 +173,53 @@ def decode(rounds: int) -> Iterator[list[report.Row]]:
             x = x + sum(weights[0, j] * dense(x, gate[e], up[e], down[e]) for j, e in enumerate(picked))
         return x
 
-    runs = {"stacked": compiled(routed, x, stacks, chosen), "apart": compiled(routed, x, lists, chosen)}
-    runs["fixed"] = compiled(fixed, x, lists, chosen.weights)
-    times = take_turns({name: run for name, (run, _) in runs.items()}, 4 * rounds)
+    made = {"stacked": compiled(routed, x, stacks, chosen), "apart": compiled(routed, x, lists, chosen)}
+    made["fixed"] = compiled(fixed, x, lists, chosen.weights)
+    times = take_turns({name: call for name, (call, *_) in made.items()}, 4 * rounds)
     rows, expert = [], 3 * d * f * 4
     for name, bar in (("apart", DECODE_BAR), ("stacked", DECODE_BAR)):
-        rows.append(over(f"one token, {name}", times[name], "fixed experts", times["fixed"], "<=", bar))
-        temp = runs[name][1]["temp"]
+        rows.append(ratio(f"one token, {name}", times[name], "fixed experts", times["fixed"], "<=", bar))
+        temp = hlo.memory(made[name][1])["temp"]
         texts = f"{temp / 2**20:.2f} MiB", "one expert", f"{expert / 2**20:.0f} MiB"
         rows.append(report.Row("  memory", *texts, temp / expert, "<=", 1.0))
     yield rows
 
 
-PHASES = {"sizes": sizes, "skew": skew, "decode": decode}
+def flops(rounds: int) -> Iterator[list[report.Row]]:
+    """Products in the programs that compilers make for GPUs and TPUs, bfloat16, over those that routing asks for."""
+    del rounds
+    if reason := parity.missing("tpu") or parity.missing("cuda"):
+        raise SystemExit(reason)
+    for tokens, k, experts in SIZES:
+        chosen = routing(tokens, k, experts)
+        sizes_of = jnp.bincount(chosen.indices.ravel(), length=experts)
+        sizes = tiles.sizes_for(tokens, xla_large_tiles.SIZES)
+        counts = {size: int(n.sum()) for size, (_, n) in zip(sizes, tiles.cut(sizes_of, sizes), strict=True)}
+        of, row = jax.ShapeDtypeStruct, 2 * 3 * D * F
+        up, down = of((experts, D, F), jnp.bfloat16), of((experts, F, D), jnp.bfloat16)
+        args = of((tokens, D), jnp.bfloat16), up, up, down, of((tokens, k), jnp.float32), of((tokens, k), jnp.int32)
+
+        def value(x, gate, up, down, weights, indices, experts=experts):
+            return ops.moe_ffn(x, gate, up, down, ops.Routing(indices, weights, experts))
+
+        def runs(dims, counts=counts, experts=experts):
+            return next(n / experts for size, n in counts.items() if size in dims)
+
+        for target in ("cuda-sm80", "cuda-sm90", "cuda-sm100", "tpu-v5e", "tpu-v6e", "tpu-7x"):
+            done = parity.compile_for(target, value, *args)
+            if target.startswith("cuda"):
+                # The loops over tiles of one size run, for an expert on average, as often as this.
+                needed = row * sum(size * n for size, n in counts.items())
+                found = product_flops(hlo.text(done), runs)
+            else:
+                needed, found = row * tokens * k, done.cost_analysis()["flops"]
+            name = f"{tokens} tokens, {k} of {experts}, {target}"
+            texts = f"{found / 1e9:.1f} GFLOP", "needed and padding", f"{needed / 1e9:.1f} GFLOP"
+            yield [report.Row(name, *texts, found / needed, "<=", 1.1, f"{found / needed:.3f}")]
 
 
-def main() -> int:
-    """Runs the phases, writes their results and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phases", nargs="*", metavar="PHASE", help=f"{', '.join(PHASES)}; all unless given")
-    parser.add_argument("--rounds", type=int, default=7, help="samples of each program (default 7)")
-    parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="results file")
-    parser.add_argument("--show", action="store_true", help="print the table of an existing results file")
-    parser.add_argument("--markdown", action="store_true", help="with --show: in Markdown")
-    args = parser.parse_args()
-    if not args.show and os.environ.get("GLIBC_TUNABLES") != TUNED["GLIBC_TUNABLES"]:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED})
-    if unknown := set(args.phases) - set(PHASES):
-        parser.error(f"there is no phase {sorted(unknown)[0]!r}; there are: {', '.join(PHASES)}")
-    found = json.loads(args.json.read_text()) if args.json.exists() else {"phases": {}}
-    for phase in [] if args.show else args.phases or list(PHASES):
-        found["phases"][phase] = {"machine": measure.machine(), "rounds": args.rounds, "rows": []}
-        for rows in PHASES[phase](args.rounds):
-            found["phases"][phase]["rows"] += [row.record() for row in rows]
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
-    rows = [
-        report.Row(**{key: value for key, value in row.items() if key != "passed"})
-        for phase in PHASES
-        for row in found["phases"].get(phase, {"rows": []})["rows"]
-    ]
-    if args.markdown:
-        print(report.markdown(rows))
-    else:
-        report.show("Mixture of experts", rows, OTHERS)
-    return 0
+PHASES = {"sizes": sizes, "skew": skew, "decode": decode, "flops": flops}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(phases.main("Mixture of experts", __doc__, PHASES, RESULTS, rounds=7, by_name=["flops"]))

@@ -66,10 +66,11 @@ class Call:
     def hidden(self, x, token, gate, up, b_gate, b_up, activation: str, *, keep: bool):
         """Returns the activations [m, f] of rows x[token], and with `keep` the products with gate and up (or None)."""
         given = (up if gate is None else gate, up, x if b_gate is None else b_gate, x if b_up is None else b_up)
-        constants = {"GATE": gate is not None, "B_GATE": b_gate is not None, "B_UP": b_up is not None}
-        constants["NAME"] = activation
+        constants = {"NAME": activation, "GATE": gate is not None, "B_GATE": b_gate is not None}
+        constants["B_UP"] = b_up is not None
         name, products = "hidden_kept" if keep else "hidden", 1 if gate is None else 2
-        y, *kept = self._run(name, products, (x, token), given, *up.shape[1:], 3 if keep else 1, constants)
+        inner, width = up.shape[1:]
+        y, *kept = self._run(name, products, (x, token), given, inner, width, 3 if keep else 1, constants)
         return y, (kept[0] if kept and gate is not None else None, kept[1] if kept else None)
 
     def _run(self, name, products, rows, weights, inner, width, results, constants):

@@ -37,7 +37,7 @@ _SIZES = (
 _MODELS = ("mamba2", "llama", "qwen3_moe")
 
 # What only text has, and only images: given to the other task, they are refused.
-_TEXT_ONLY = ("include", "exclude", "tokenizer", "length", "eval_bytes", "remat", "model")
+_TEXT_ONLY = ("include", "exclude", "tokenizer", "length", "eval_bytes", "remat", "model", "bias_rate")
 _TEXT_ONLY += tuple(name[2:].replace("-", "_") for name, _, _ in _SIZES)
 
 _HELP = {
@@ -53,6 +53,7 @@ _HELP = {
     "beta1": "AdamW's",
     "beta2": "AdamW's",
     "epsilon": "AdamW's",
+    "bias_rate": "step of the biases that balance the loads of experts, 0 to leave them",
     "clip": "bound on the global gradient norm, 0 for none",
     "seed": "of the weights and of the order of the data",
     "eval_every": "steps between held-out evaluations, 0 for one at the end",

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
@@ -18,7 +19,24 @@ _SHARED = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "re
 
 
 class SelectionBias(nnx.Variable):
-    """Moves which experts are chosen, not their weights; balancing changes it, not the optimizer (arXiv:2408.15664)."""
+    """Moves which experts are chosen, not their weights; balancing changes it, not the optimizer (arXiv:2408.15664).
+
+    Its cotangent is no slope but the load of each expert, which so adds up over microbatches, devices and stacked layers:
+    a training step that differentiates these variables too hands what it gets to `portable.ops.updated_bias`.
+    """
+
+
+@jax.custom_vjp
+def _counted(y, bias, load):
+    """Returns y; the cotangent of bias is the load."""
+    del bias, load
+    return y
+
+
+_counted.defvjp(
+    lambda y, bias, load: (y, load.astype(bias.dtype)),
+    lambda load, dy: (dy, load, np.zeros(load.shape, jax.dtypes.float0)),
+)
 
 
 class ExpertTable(nnx.Variable):
@@ -227,6 +245,8 @@ class MoE(nnx.Module):
         else:
             made = self._route(x, mask, previous_logits, key) if routing is None else routing
             y = self._networks(x, made, rows)
+            if self.selection_bias is not None:
+                y = _counted(y, self.selection_bias[...], ops.expert_load(made))
         if self.shared is not None:
             shared = self.shared(x)
             y = y + (shared if self.shared_gate is None else shared * jax.nn.sigmoid(self.shared_gate(x)))
@@ -234,6 +254,8 @@ class MoE(nnx.Module):
 
     def update_bias(self, load: Num[Array, " e"], *, rate: float = 1e-3) -> None:
         """Moves the selection's bias by `portable.ops.updated_bias`; call it after a step, with the batch's load.
+
+        In a training loop that is differentiated and jitted the load is the cotangent of `SelectionBias`.
 
         Args:
           load: [E], from `portable.ops.expert_load`.

@@ -183,11 +183,11 @@ def _decode(model: Any, batch: int, length: int) -> Program:
 def _train(model: Any, batch: int, length: int) -> Program:
     from portable.training.classify import smoothed_cross_entropy
     from portable.training.options import TrainOptions
-    from portable.training.step import init_state, make_step, next_token
+    from portable.training.step import init_state, make_step, next_token, parts
 
     options = TrainOptions(batch_size=batch, length=length)
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    state = jax.eval_shape(lambda p: init_state(p, options), params)
+    graphdef, params, biases, rest = parts(model)
+    state = jax.eval_shape(lambda *given: init_state(*given, options), params, biases)
     data: dict[str, Any] = dict.fromkeys(("tokens", "targets", "segments"), _tokens(batch, length))
     loss = next_token
     if _sees(model):

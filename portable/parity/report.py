@@ -77,7 +77,8 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, li
         else:
             line = ("model", f"{labels['name']} {labels['dtype']}", f"{labels['part']} {labels['case']}")
         found.setdefault(line, {}).setdefault(row["target"], []).append(row)
-    return found
+    # Ops by name; models stay in the order of their families and sizes.
+    return dict(sorted(found.items(), key=lambda item: item[0] if item[0][0] == "op" else item[0][:1]))
 
 
 def cell(kind: str, rows: Sequence[dict[str, Any]]) -> tuple[str, str]:

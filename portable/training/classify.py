@@ -73,7 +73,7 @@ class ImageTask:
 
     unit: ClassVar[str] = "images"
     measure: ClassVar[str] = "held_out_accuracy"
-    unused: ClassVar[Sequence[str]] = ("length", "eval_bytes")
+    unused: ClassVar[Sequence[str]] = ("length", "eval_bytes", "bias_rate")
     bits_per_nat: None = None
 
     def __init__(self, images: Images, options: ImageOptions | None = None):

@@ -23,7 +23,7 @@ from portable.training.folder import claim, lock
 from portable.training.log import Log
 from portable.training.options import TrainOptions
 from portable.training.progress import Report, Silent
-from portable.training.step import init_state, make_step
+from portable.training.step import init_state, make_step, parts
 from portable.training.task import Task, TextTask
 from portable.training.text import Text
 from portable.training.tokens import Tokenizer
@@ -112,8 +112,8 @@ class _Loop:
         for note in claim(folder, _description(model, task, options), _information()):
             reporter.note(note)
         self.lock = lock(folder)
-        self.graphdef, params, self.rest = nnx.split(task.prepare(model), nnx.Param, ...)
-        self.state = init_state(params, options)
+        self.graphdef, params, biases, self.rest = parts(task.prepare(model))
+        self.state = init_state(params, biases, options)
         self.step = 0
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
 
@@ -170,6 +170,9 @@ class _Loop:
                 return "stopped" if asked else "out of time"
         return "finished" if self.step >= options.steps else "stopped"
 
+    def _model(self) -> nnx.Module:
+        return nnx.merge(self.graphdef, self.state.params, self.state.biases, self.rest)
+
     def _flush(self, *, rate: bool, evaluate: bool) -> None:
         """Fetches the losses since the last time, logs and shows them."""
         fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
@@ -191,7 +194,7 @@ class _Loop:
             records[-1][f"{self.task.unit}_per_second"] = round(speed, 1)
         bad = next((r for r in records if not math.isfinite(r["loss"])), None)
         if bad is None and evaluate:
-            measured = self.task.evaluate(nnx.merge(self.graphdef, self.state.params, self.rest), self.options)
+            measured = self.task.evaluate(self._model(), self.options)
             records[-1] |= measured
             held = measured.get(self.task.measure)
         self.log.write(records)
@@ -207,7 +210,7 @@ class _Loop:
 
     def _end(self, status: str, save_dtype: str) -> Run:
         records = self.log.records
-        model = unstack(nnx.merge(self.graphdef, self.state.params, self.rest))
+        model = unstack(self._model())
         held = details = None
         if status == "finished":
             self.task.save(_cast(model, save_dtype), self.folder / "model")

@@ -23,6 +23,8 @@ class TrainOptions:
       final_fraction: learning rate at the end, as a fraction of the peak.
       weight_decay: decoupled decay of matrices and embeddings (not of norms, biases, A_log, D, dt_bias).
       beta1, beta2, epsilon: AdamW's.
+      bias_rate: step of the biases that balance the loads of experts (`portable.ops.updated_bias`), in a model that
+        has them.
       clip: bound on the global gradient norm; 0 for none.
       seed: of the random weights and of the order of the windows.
       eval_every: steps between held-out evaluations; 0 for one at the end.
@@ -43,6 +45,7 @@ class TrainOptions:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    bias_rate: float = 1e-3
     clip: float = 1.0
     seed: int = 0
     eval_every: int = 100
@@ -55,7 +58,7 @@ class TrainOptions:
         positive += ("log_every", "checkpoint_every")
         for name in positive:
             self._rule(name, getattr(self, name) > 0, "must be positive")
-        for name in ("warmup", "weight_decay", "clip", "eval_every", "seed"):
+        for name in ("warmup", "weight_decay", "bias_rate", "clip", "eval_every", "seed"):
             self._rule(name, getattr(self, name) >= 0, "must not be negative")
         self._rule("seed", self.seed < 2**32, "must be below 2**32")
         for name in ("beta1", "beta2"):

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from portable import ops
+from portable.nn.moe import SelectionBias
 from portable.training.data import IGNORE
 from portable.training.options import TrainOptions
 
 # Scales, offsets and the decay and step parameters of state-space layers: pulling them to zero means nothing.
 _NOT_DECAYED = {"scale", "bias", "A_log", "D", "dt_bias", "gamma1", "gamma2", "rel_pos_bias", "sinks"}
+_NOT_DECAYED |= {"gate_bias", "up_bias", "down_bias", "score_scale", "constants"}  # of experts
 
 
 class TrainState(NamedTuple):
@@ -22,11 +25,18 @@ class TrainState(NamedTuple):
       params: the model's trainable state, float32, layers stacked.
       optimizer: optax's state.
       step: [] int32, steps done.
+      biases: of the selection of experts (`portable.nn.SelectionBias`), which their loads move; empty without experts.
     """
 
     params: nnx.State
     optimizer: optax.OptState
     step: jax.Array
+    biases: nnx.State
+
+
+def parts(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+    """Returns (graphdef, params, biases, rest): a model's structure, what a step changes, and what it does not."""
+    return nnx.split(model, nnx.Param, SelectionBias, ...)
 
 
 def learning_rate(options: TrainOptions) -> optax.Schedule:
@@ -97,10 +107,10 @@ def next_token(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     return nats + aux * targets, targets
 
 
-def init_state(params: nnx.State, options: TrainOptions) -> TrainState:
-    """Returns the state before the first step: a float32 copy of `params`, which a step may donate."""
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
-    return TrainState(params, optimizer(options).init(params), jnp.zeros((), jnp.int32))
+def init_state(params: nnx.State, biases: nnx.State, options: TrainOptions) -> TrainState:
+    """Returns the state before the first step: float32 copies of what `parts` gives, which a step may donate."""
+    params, biases = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), (params, biases))
+    return TrainState(params, optimizer(options).init(params), jnp.zeros((), jnp.int32), biases)
 
 
 def make_step(
@@ -115,7 +125,7 @@ def make_step(
     of the batch either way.
 
     Args:
-      graphdef, rest: the model's structure and untrained variables, from `nnx.split(model, nnx.Param, ...)`.
+      graphdef, rest: the model's structure and untrained variables, from `parts`.
       options: the run's options.
       loss: (model, batch) -> (sum in nats [] float32, targets [] int32); a batch is a tree of arrays of b rows.
 
@@ -125,24 +135,24 @@ def make_step(
     update = optimizer(options)
     schedule = learning_rate(options)
 
-    def loss_sum(params, micro):
-        return loss(nnx.merge(graphdef, params, rest), micro)
+    def loss_sum(trained, micro):
+        return loss(nnx.merge(graphdef, *trained, rest), micro)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
-    def whole(params, batch):
+    def whole(trained, batch):
         if options.accumulate == 1:
-            return gradient(params, batch)
+            return gradient(trained, batch)
         micros = jax.tree.map(lambda x: x.reshape(options.accumulate, -1, *x.shape[1:]), batch)
 
         def body(total, micro):
-            return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+            return jax.tree.map(jnp.add, total, gradient(trained, micro)), None
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, batch))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trained, batch))
         return jax.lax.scan(body, zeros, micros)[0]
 
     def step(state: TrainState, batch: Any):
-        (total, targets), gradients = whole(state.params, batch)
+        (total, targets), (gradients, loads) = whole((state.params, state.biases), batch)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(targets, 1), gradients)
         updates, opt_state = update.update(gradients, state.optimizer, state.params)
         metrics = {
@@ -151,6 +161,8 @@ def make_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "targets": targets,
         }
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics  # pyright: ignore[reportArgumentType]
+        biases = jax.tree.map(lambda b, load: ops.updated_bias(b, load, rate=options.bias_rate), state.biases, loads)
+        params: Any = optax.apply_updates(state.params, updates)  # pyright: ignore[reportArgumentType]
+        return TrainState(params, opt_state, state.step + 1, biases), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -14,6 +14,7 @@ from portable import models
 from portable.checks import CheckpointError, ConfigError
 from portable.models.decoder import Decoder, DecoderConfig
 from tests.models.small import rewrite_tensors, values
+from tests.oracles import need
 
 CONFIG = DecoderConfig(
     family="deepseek_v3",
@@ -115,3 +116,15 @@ def test_loading_holds_one_copy_of_the_experts(tmp_path):
     held = sum(value.nbytes for value in values(model).values())
     assert held > 3 * experts
     assert peak < held + experts
+
+
+@pytest.mark.parametrize("name", ["qwen3_0_6b", "qwen3_30b_a3b", "olmoe_1b_7b"])
+def test_a_published_size_is_transformers_model_of_that_config(name):
+    torch, transformers = need("torch", "transformers")
+    config = getattr(DecoderConfig, name)()
+    file = config.to_dict()
+    theirs = transformers.CONFIG_MAPPING[file["model_type"]].from_dict(file)
+    with torch.device("meta"):
+        wanted = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(theirs).parameters())
+    made = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(made, nnx.Param))) == wanted

@@ -283,7 +283,7 @@ def test_the_selection_bias_balances_and_is_no_param():
     assert not any("selection_bias" in path for path, _ in nnx.to_flat_state(nnx.state(made, nnx.Param)))
     graphdef, state = nnx.split(made)
     slope = jax.jit(jax.grad(lambda s: nnx.merge(graphdef, s)(x).sum()))(state)
-    np.testing.assert_array_equal(slope["selection_bias"].get_value(), 0)
+    np.testing.assert_array_equal(slope["selection_bias"].get_value(), after)
 
 
 def test_padding_and_dtypes():

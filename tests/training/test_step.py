@@ -11,7 +11,7 @@ from flax import nnx
 from portable.checks import ConfigError
 from portable.training.data import IGNORE
 from portable.training.options import TrainOptions
-from portable.training.step import cross_entropy, decayed, init_state, learning_rate, make_step
+from portable.training.step import cross_entropy, decayed, init_state, learning_rate, make_step, parts
 
 
 class Bigram(nnx.Module):
@@ -63,8 +63,8 @@ def test_steps_are_adamw_with_clipping_and_decay_of_the_matrix_only(accumulate):
         clip=0.3,
         weight_decay=0.2,
     )
-    graphdef, params, rest = nnx.split(Bigram(), nnx.Param, ...)
-    state = init_state(params, options)
+    graphdef, params, biases, rest = parts(Bigram())
+    state = init_state(params, biases, options)
     step = make_step(graphdef, rest, options)
 
     values = [np.asarray(Bigram().kernel[...], np.float64), np.asarray(Bigram().bias[...], np.float64)]
@@ -95,8 +95,8 @@ def test_steps_are_adamw_with_clipping_and_decay_of_the_matrix_only(accumulate):
 def test_the_state_is_donated_and_the_model_stays():
     options = TrainOptions(steps=2, warmup=0)
     model = Bigram()
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    state = init_state(params, options)
+    graphdef, params, biases, rest = parts(model)
+    state = init_state(params, biases, options)
     kept = state.params["kernel"][...]
     make_step(graphdef, rest, options)(state, batch())
     assert kept.is_deleted()

@@ -13,7 +13,8 @@ from portable import models, nn
 from portable.cli import main
 from portable.models.decoder import Decoder, DecoderConfig
 from portable.training.log import read_log
-from portable.training.step import cross_entropy, next_token
+from portable.training.options import TrainOptions
+from portable.training.step import cross_entropy, init_state, make_step, next_token, parts
 from tests.oracles import need
 
 need("grain", "matplotlib")
@@ -95,6 +96,36 @@ def test_routers_add_their_balance_to_the_loss():
     np.testing.assert_allclose((total - plain) / count, coefficient * np.mean(losses), rtol=1e-4)
 
 
+def test_a_step_moves_the_biases_of_the_selection_by_the_loads():
+    """In microbatches and stacked layers; the loads counted in NumPy, a layer after the other."""
+    config = DecoderConfig.from_dict(CONFIG | {"num_hidden_layers": 3, "num_dense_layers": 0, "layer_types": None})
+    options = TrainOptions(steps=1, batch_size=4, length=8, accumulate=2, bias_rate=0.25, warmup=0)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    before = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32) / 8
+    for block, bias in zip(model.layers, before, strict=True):
+        block.mlp.selection_bias[...] = jnp.asarray(bias)
+    rng = np.random.default_rng(0)
+    tokens, targets = jnp.asarray(rng.integers(0, 256, (2, 4, 8)))
+    batch = {"tokens": tokens, "targets": targets, "segments": jnp.zeros((4, 8), int)}
+    _, hidden = model(tokens, return_hidden=True)
+    wanted = []
+    for block, x, bias in zip(model.layers, hidden, before, strict=False):
+        x = x + block.mixer(block.mixer_norm(x))
+        logits = np.asarray(block.mlp_norm(x), np.float64).reshape(32, -1) @ np.asarray(block.mlp.router.kernel[...])
+        chosen = np.argsort(-(1 / (1 + np.exp(-logits)) + bias), axis=1)[:, :2]
+        load = np.bincount(chosen.ravel(), minlength=4)
+        assert load.std() > 0
+        wanted.append(bias + 0.25 * np.sign(load.mean() - load))
+    for made in (model, nn.stack(model)):
+        graphdef, params, biases, rest = parts(made)
+        state = init_state(params, biases, options)
+        gradients = make_step(graphdef, rest, dataclasses.replace(options, bias_rate=0.0))(state, batch)[1]
+        state, metrics = make_step(graphdef, rest, options)(init_state(params, biases, options), batch)
+        assert metrics == gradients  # loads are in no norm of gradients
+        found = np.concatenate([np.reshape(x, (-1, 4)) for x in jax.tree.leaves(state.biases)])
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 def test_mistakes_are_one_sentence(text, tmp_path, capsys):
     other, odd = tmp_path / "other.json", tmp_path / "odd.json"
     other.write_text(json.dumps({"model_type": "nat"}))
@@ -120,10 +151,10 @@ def test_mistakes_are_one_sentence(text, tmp_path, capsys):
 def test_a_step_of_training_differentiates_everything():
     """No parameter of a model with experts is left without a gradient."""
     config = DecoderConfig.from_dict(CONFIG | {"num_dense_layers": 0})
-    graphdef, params, rest = nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graphdef, params, biases, rest = parts(Decoder(config, rngs=nnx.Rngs(0)))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 16)))
 
     def loss(params):
-        return jnp.mean(nnx.merge(graphdef, params, rest)(tokens) ** 2)
+        return jnp.mean(nnx.merge(graphdef, params, biases, rest)(tokens) ** 2)
 
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))

@@ -27,16 +27,16 @@ def expert_load(routing: Routing, *, axis_name: AxisName = None) -> Int[Array, "
     return total(_counts(routing.indices, routing.num_experts).sum(_leading(routing)), axis_name)
 
 
-def updated_bias(bias: Float[Array, " e"], load: Num[Array, " e"], *, rate: float = 1e-3) -> Float[Array, " e"]:
+def updated_bias(bias: Float[Array, "*b e"], load: Num[Array, "*b e"], *, rate: float = 1e-3) -> Float[Array, "*b e"]:
     """Moves the selection's bias towards the experts with less than the mean load, by `rate` each.
 
     Args:
-      bias: [E], the `bias` of `route`.
-      load: [E], from `expert_load` over a whole batch.
+      bias: [E], the `bias` of `route`; or those of several layers, [..., E].
+      load: of the same shape, from `expert_load` over a whole batch; a common factor does not matter.
       rate: the step; DeepSeek-V3 trains with 0.001 and ends with 0.
 
     Returns:
-      [E] in the dtype of bias.
+      An array of that shape in the dtype of bias.
 
     Raises:
       ValueError: the shapes differ.
@@ -44,9 +44,9 @@ def updated_bias(bias: Float[Array, " e"], load: Num[Array, " e"], *, rate: floa
     Source: Wang et al. 2024 (arXiv 2408.15664), algorithm 1; DeepSeek-V3 (2412.19437), section 2.1.2.
     """
     if bias.shape != load.shape:
-        raise ValueError(f"updated_bias: load must be [E], {list(bias.shape)}; got shape {list(load.shape)}.")
+        raise ValueError(f"updated_bias: load must have the bias's shape, {list(bias.shape)}; got {list(load.shape)}.")
     load = load.astype(jnp.promote_types(jnp.float32, bias.dtype))
-    return bias + (rate * jnp.sign(load.mean() - load)).astype(bias.dtype)
+    return bias + (rate * jnp.sign(load.mean(-1, keepdims=True) - load)).astype(bias.dtype)
 
 
 def load_balance_loss(
