@@ -1,7 +1,7 @@
 """DoRA beside LoRA and PEFT: memory by the compilers of a TPU and a GPU, time on a processor, losses over training.
 
-All programs of a comparison run in one process and take turns, one sample each a round, in an order that rotates; a
-ratio is one of medians of wall time. Memory needs no device: it is the compilers' account (`pip install -e '.[aot]'`).
+See `harness.phases` for how it measures. Memory needs no device: it is the compilers' account
+(`pip install -e '.[aot]'`).
 
     pip install -e '.[oracles]'
     python benchmarks/dora.py                       # every phase, about half an hour on two cores
@@ -9,30 +9,25 @@ ratio is one of medians of wall time. Memory needs no device: it is the compiler
     python benchmarks/dora.py --show                # the table of the committed results
 """
 
-import argparse
-import functools
-import json
 import os
 import pathlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from harness import measure, report
+from harness import phases, report
+from harness.phases import ratio, run, take_turns
 
 from portable import adapters, models, ops, parity
-from portable.parity.programs import Program
+from portable.parity import hlo
 
-TUNED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "dora.json"
-OTHERS = ("minima", "processor time")
 MIB = 2**20
 D, LAYERS, SCALE = 4096, 2, 2.0
 
@@ -53,7 +48,7 @@ def layer_of(kind: str) -> Callable:
     return pefts_linear
 
 
-def stack_program(kind: str) -> Program:
+def stack_program(kind: str) -> tuple[Callable, tuple]:
     """Returns the gradients of 4 layers of 4096 x 4096 on 4096 tokens with r = 384, in bfloat16."""
     layer = layer_of(kind)
 
@@ -66,10 +61,10 @@ def stack_program(kind: str) -> Program:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     trained = [(shape(D, 384), shape(384, D), shape(D, dtype=jnp.float32)) for _ in range(4)]
-    return Program(jax.grad(loss), (trained, shape(D, D), [shape(D, D)] * 4))
+    return jax.grad(loss), (trained, shape(D, D), [shape(D, D)] * 4)
 
 
-def norm_program(form: str, known: bool) -> Program:
+def norm_program(form: str, known: bool) -> tuple[Callable, tuple]:
     """Returns the norms of a weight of 8192 x 8192 with r = 384, in bfloat16."""
     shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8192, 8192), (8192, 384), (384, 8192))]
     squares = [jax.ShapeDtypeStruct((8192,), jnp.float32)] * known
@@ -78,41 +73,29 @@ def norm_program(form: str, known: bool) -> Program:
         options = {"squares": squares[0] if squares else None, "implementation": form or None}
         return ops.dora_norm(w, a, b, scale=SCALE, **options)
 
-    return Program(norm, (*shapes, *squares))
+    return norm, (*shapes, *squares)
 
 
 def memory(rounds: int) -> Iterator[list[report.Row]]:
     """Temporary memory of forward and backward, and of the norm alone, by the compilers."""
     del rounds
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    bars = {"tpu-v5e": 176, "cuda-sm90": 450}
-    jobs = [
-        parity.Job(f"stack {kind}", target, "dora:stack_program", {"kind": kind})
-        for target in bars
-        for kind in ("dora", "lora", "peft")
-    ]
-    norms = {"auto": ("", False), "squares known": ("", True), "dense": ("xla_dense", False)}
-    jobs += [
-        parity.Job(f"norm {name}", target, "dora:norm_program", {"form": form, "known": known})
-        for target in (*bars, "tpu-v6e")
-        for name, (form, known) in norms.items()
-    ]
-    found = {}
-    for result in parity.run(jobs):
-        if result.temp_bytes is None:
-            raise SystemExit(f"{result.job} for {result.target}: {result.status}: {result.message}")
-        found[result.target, result.job] = result.temp_bytes
-    for target, bar in bars.items():
-        ours, lora, theirs = (found[target, f"stack {kind}"] for kind in ("dora", "lora", "peft"))
+
+    def temp(target: str, fn: Callable, args: tuple) -> float:
+        return hlo.memory(parity.compile_for(target, fn, *args))["temp"]
+
+    for target, bar in (("tpu-v5e", 176), ("cuda-sm90", 450)):
+        ours, lora, theirs = (temp(target, *stack_program(kind)) for kind in ("dora", "lora", "peft"))
         rows = [size_row(f"{target}: 4 layers, forward and backward", ours, "PEFT's formula", theirs, bar)]
-        ratio_bar = 1.65 if target == "tpu-v5e" else None
         texts = f"{ours / MIB:.0f} MiB", "LoRA", f"{lora / MIB:.0f} MiB"
-        yield [*rows, report.Row("  over LoRA", *texts, ours / lora, "<=", ratio_bar)]
+        yield [*rows, report.Row("  over LoRA", *texts, ours / lora, "<=", 1.65 if target == "tpu-v5e" else None)]
     for target, bar in (("tpu-v5e", 1), ("tpu-v6e", 1), ("cuda-sm90", 25)):
-        dense = found[target, "norm dense"]
+        dense, auto, known = (
+            temp(target, *norm_program(form, squares))
+            for form, squares in (("xla_dense", False), ("", False), ("", True))
+        )
         yield [
-            size_row(f"{target}: norms{name}", found[target, f"norm {job}"], "the updated weight formed", dense, bar)
-            for name, job in (("", "auto"), (", squares known", "squares known"))
+            size_row(f"{target}: norms", auto, "the updated weight formed", dense, bar),
+            size_row("  squares known", known, "the updated weight formed", dense, bar),
         ]
 
 
@@ -120,32 +103,6 @@ def size_row(what: str, ours: float, against: str, theirs: float, bar: float) ->
     """Returns a row of memory, judged in MiB."""
     texts = f"{ours / MIB:.1f} MiB", against, f"{theirs / MIB:.1f} MiB"
     return report.Row(what, *texts, ours / MIB, "<=", bar, f"{ours / MIB:.1f} MiB")
-
-
-def take_turns(programs: dict[str, Callable], rounds: int) -> dict[str, dict[str, Any]]:
-    """Runs each once to warm up, then in turns; returns seconds, wall and processor, of each."""
-    names, found = list(programs), {name: {"wall": [], "cpu": []} for name in programs}
-    for name in names:
-        jax.block_until_ready(programs[name]())
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            taken = measure.timed(lambda name=name: jax.block_until_ready(programs[name]()))
-            for which, seconds in taken.items():
-                found[name][which].append(seconds)
-        print(f"  round {i + 1} of {rounds}", file=sys.stderr)
-    return {name: {which: measure.summary(x) for which, x in both.items()} for name, both in found.items()}
-
-
-def over(what: str, ours: dict, against: str, theirs: dict, relation: str, bar: float | None) -> report.Row:
-    """Returns the row of a ratio of medians: our time over theirs ("<="), or theirs over ours (">=")."""
-
-    def ratio(which: str, of: str) -> float:
-        value = ours[which][of] / theirs[which][of]
-        return value if relation == "<=" else 1 / value
-
-    others = {"minima": ratio("wall", "min"), "processor time": ratio("cpu", "median")}
-    texts = f"{1e3 * ours['wall']['median']:.0f} ms", against, f"{1e3 * theirs['wall']['median']:.0f} ms"
-    return report.Row(what, *texts, ratio("wall", "median"), relation, bar, others=others)
 
 
 def arrays(rank: int, *lead: int) -> tuple[list, list]:
@@ -196,11 +153,11 @@ def step_program(kind: str, rank: int, micro: int) -> Callable:
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, x, weights, squares).compile()
     held = [trained, state]
 
-    def run():
+    def once():
         held[0], held[1] = compiled(held[0], held[1], x, weights, squares)
         return held[0]
 
-    return run
+    return once
 
 
 def peft_step(rank: int) -> Callable:
@@ -227,12 +184,12 @@ def peft_step(rank: int) -> Callable:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     x = torch.from_numpy(np.array(jax.random.normal(jax.random.key(9), (512, D))))
 
-    def run() -> None:
+    def once() -> None:
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
 
-    return run
+    return once
 
 
 def steps(rounds: int) -> Iterator[list[report.Row]]:
@@ -244,9 +201,9 @@ def steps(rounds: int) -> Iterator[list[report.Row]]:
         if (rank, micro) == (384, 1):
             programs["peft"] = peft_step(rank)
         times = take_turns(programs, rounds if micro == 1 else max(3, rounds // 3))
-        rows = [over(name, times["dora"], "LoRA", times["lora"], "<=", bar)]
+        rows = [ratio(name, times["dora"], "LoRA", times["lora"], "<=", bar)]
         if "peft" in times:
-            rows.append(over("  against PEFT", times["dora"], "its DoRA", times["peft"], ">=", 1.5))
+            rows.append(ratio("  against PEFT", times["dora"], "its DoRA", times["peft"], ">=", 1.5))
         yield rows
 
 
@@ -268,9 +225,9 @@ def inference(rounds: int) -> Iterator[list[report.Row]]:
             return x
 
         args = (x, weights, trained, norms)
-        programs = {f.__name__: functools.partial(jax.jit(f).lower(*args).compile(), *args) for f in (dora, lora)}
+        programs = {f.__name__: run(f, *args) for f in (dora, lora)}
         times = take_turns(programs, 3 * rounds)
-        yield [over(f"512 tokens, cached norms, r={rank}", times["dora"], "LoRA", times["lora"], "<=", 1.03)]
+        yield [ratio(f"512 tokens, cached norms, r={rank}", times["dora"], "LoRA", times["lora"], "<=", 1.03)]
     for tokens, what in (
         (32, "20 examples of 32 tokens"),
         (1, "20 rows of one token"),
@@ -302,9 +259,9 @@ def crowd(tokens: int, what: str, rounds: int) -> report.Row:
     runs = {}
     for name, f, factors in (("several", several, many), ("one", one, single)):
         args = (x, ids, weights, factors, norms)
-        runs[name] = functools.partial(jax.jit(f).lower(*args).compile(), *args)
+        runs[name] = run(f, *args)
     times = take_turns(runs, 3 * rounds)
-    return over(f"{what}, 20 adapters", times["several"], "one adapter", times["one"], "<=", 1.11)
+    return ratio(f"{what}, 20 adapters", times["several"], "one adapter", times["one"], "<=", 1.11)
 
 
 def training(rounds: int) -> Iterator[list[report.Row]]:
@@ -356,7 +313,7 @@ def losses(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
     @jax.jit
-    def run(trained, batches):
+    def train(trained, batches):
         def step(held, batch):
             value, slopes = jax.value_and_grad(loss)(held[0], batch)
             updates, state = optimizer.update(slopes, held[1], held[0])
@@ -364,7 +321,7 @@ def losses(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
         return jax.lax.scan(step, (trained, optimizer.init(trained)), batches)[1]
 
-    mine = np.asarray(run(trained, jnp.asarray(batches, jnp.int32)))
+    mine = np.asarray(train(trained, jnp.asarray(batches, jnp.int32)))
     named = [p for p in theirs.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(named, lr=1e-3, weight_decay=0.0)
     found = []
@@ -381,33 +338,5 @@ def losses(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 PHASES = {"memory": memory, "steps": steps, "inference": inference, "training": training}
 
 
-def main() -> int:
-    """Runs the phases, writes their results and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phases", nargs="*", metavar="PHASE", help=f"{', '.join(PHASES)}; all unless given")
-    parser.add_argument("--rounds", type=int, default=9, help="samples of each program (default 9)")
-    parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="results file")
-    parser.add_argument("--show", action="store_true", help="print the table of an existing results file")
-    parser.add_argument("--markdown", action="store_true", help="with --show: in Markdown")
-    args = parser.parse_args()
-    if not args.show and os.environ.get("GLIBC_TUNABLES") != TUNED["GLIBC_TUNABLES"]:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED})
-    if unknown := set(args.phases) - set(PHASES):
-        parser.error(f"there is no phase {sorted(unknown)[0]!r}; there are: {', '.join(PHASES)}")
-    found = json.loads(args.json.read_text()) if args.json.exists() else {"phases": {}}
-    for phase in [] if args.show else args.phases or list(PHASES):
-        found["phases"][phase] = {"machine": measure.machine(), "rounds": args.rounds, "rows": []}
-        for rows in PHASES[phase](args.rounds):
-            found["phases"][phase]["rows"] += [row.record() for row in rows]
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
-    rows = [
-        report.Row(**{key: value for key, value in row.items() if key != "passed"})
-        for phase in PHASES
-        for row in found["phases"].get(phase, {"rows": []})["rows"]
-    ]
-    print(report.markdown(rows)) if args.markdown else report.show("DoRA", rows, OTHERS)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(phases.main("DoRA", __doc__, PHASES, RESULTS, rounds=9))

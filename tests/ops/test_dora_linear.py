@@ -54,7 +54,7 @@ def test_the_expansion_loses_digits_as_the_update_cancels_the_weight(size):
 def test_bfloat16_results_are_rounded_once(spread):
     """Gains near 1 are where PEFT's (g - 1) * base, and a gain in bfloat16, lose what the adapter adds."""
     x, w, a, b, _ = arrays(d=64, o=64, r=4, t=256, dtype=jnp.bfloat16)
-    b = (0.05 * b).astype(jnp.bfloat16)
+    b = (0.003 * b).astype(jnp.bfloat16)  # what it adds is a sixtieth of the base: its own roundings do not count
     n = ops.dora_norm(w, a, b)
     m = n * (1 + spread * jax.random.normal(jax.random.key(9), n.shape))
     exact = [np.asarray(z, np.float64) for z in (x, w, a, b, m)]
