@@ -64,7 +64,7 @@ def test_every_kind_of_layer_trains_merges_and_can_be_switched_off(kind):
     close(run(model), before)
     assert plain.keys() == params(model, nnx.All(nnx.Param, nnx.Not(AdapterParam))).keys()
 
-    optimizer = nnx.Optimizer(model, adapters.lora_plus(optax.adam, 3e-2), wrt=AdapterParam)
+    optimizer = nnx.Optimizer(model, adapters.lora_plus(optax.adam, 1e-3), wrt=AdapterParam)
 
     @nnx.jit
     def step(model, optimizer):
