@@ -19,7 +19,8 @@ class AdapterConfig:
     """Which modules get an adapter; the base of every configuration.
 
     Names are dotted paths of the model, or of its checkpoint where it has one ("layers.0.mixer.query" is also
-    "model.layers.0.self_attn.q_proj"). The matrices of experts count as modules: "layers.0.mlp.up".
+    "model.layers.0.self_attn.q_proj"); what is a name of both is the model's. The matrices of experts count as modules:
+    "layers.0.mlp.up".
 
     Attributes:
       target_modules: a regular expression that matches a whole name; or names, each of which ends one ("q_proj");

@@ -42,6 +42,8 @@ class Adapted:
             return None
         if self.bank is not None:
             return self.bank.get(slot, None)
+        if self.active is None:
+            return None
         return self.adapters.get(slot, {}).get(self.active, None)
 
     def updated_kernel(self) -> Any:

@@ -79,12 +79,14 @@ def chosen(config: AdapterConfig, targets: Sequence[Target]) -> list[Target]:
             f"{type(config).__name__}: target_modules must name what is adapted; got None. There are, for example: "
             f"{', '.join(t.names[0] for t in targets[:4])}."
         )
-    matched = [t for t in targets if any(_matches(config, name, t) for name in t.names) and not excluded(config, t)]
+    wanted = config.target_modules
+    entries = (wanted,) if isinstance(wanted, str) else tuple((name,) for name in wanted)
+    matched = {id(t): t for entry in entries for t in _matched(config, entry, targets) if not excluded(config, t)}
+    matched = [t for t in targets if id(t) in matched]
     if matched or not targets:
         if not targets:
             raise ValueError(f"{type(config).__name__}: the model has no layer that takes an adapter.")
         return matched
-    wanted = config.target_modules
     raise ValueError(
         f"{type(config).__name__}: no module is matched by target_modules={_shown(wanted)}"
         f"{' and what is not excluded' if config.exclude_modules else ''}; the nearest names are: "
@@ -121,13 +123,19 @@ def _named(names: Any, name: str) -> bool:
     return any(name == n or name.endswith(f".{n}") for n in names)
 
 
-def _matches(config: AdapterConfig, name: str, target: Target) -> bool:
-    if config.target_modules == "all-linear":
+def _matched(config: AdapterConfig, entry: Any, targets: Sequence[Target]) -> list[Target]:
+    """Returns what one entry names: by paths of the model or, where it is none of those, by names of its checkpoint."""
+    own = [t for t in targets if _matches(config, entry, t.names[0], t)]
+    return own or [t for t in targets if any(_matches(config, entry, name, t) for name in t.names[1:])]
+
+
+def _matches(config: AdapterConfig, entry: Any, name: str, target: Target) -> bool:
+    if entry == "all-linear":
         linear = isinstance(target.layer, nnx.Linear | nnx.LinearGeneral | nnx.Einsum)
         return linear and "vocab" not in getattr(target.layer, target.slot).get_metadata().get("axes", ())[-1:]
-    if not _named(config.target_modules, name):
+    if not _named(entry, name):
         return False
-    if config.layers_to_transform is None or isinstance(config.target_modules, str):
+    if config.layers_to_transform is None or isinstance(entry, str):
         return True
     wanted = config.layers_to_transform
     patterns = config.layers_pattern
