@@ -41,7 +41,8 @@ def dora_linear(
         y = g * (x @ w + scale * (x @ a) @ b) + bias
 
     Sums, norms and g are float32 (float64 if an argument is) whatever the weight's dtype, and y is rounded once. The
-    backward keeps x, x @ a and the sum in brackets: one array of [*tokens, o], none where m has no gradient.
+    backward keeps x, x @ a and the sum in brackets, one array of [*tokens, o], none where m has no gradient; it is kept
+    in the dtype of x, and y made of it: a differentiated call rounds twice, and what follows need not keep y too.
     Differentiable in every floating argument, in reverse mode.
 
     Args:

@@ -122,27 +122,29 @@ class Meeting:
     def _factor(self, factor):
         return factor if self.own is None else factor[jnp.maximum(self.own, 0)]
 
-    def product(self, x, factor):
-        """Returns x @ factor [*tokens, j]; 0 for rows without a factor."""
+    def product(self, x, factor, dtype=None):
+        """Returns x @ factor [*tokens, j], rounded to `dtype` where one is given; 0 for rows without a factor."""
         factor = factor.astype(x.dtype)
         if self.sizes is not None:
-            return self._tokens(grouped_matmul(self._rows(x), factor, self.sizes))
-        if self.own is None:
-            return jnp.matmul(x, factor, preferred_element_type=self.wide)
-        return self._tokens(jnp.matmul(self._rows(x), self._factor(factor), preferred_element_type=self.wide))
+            y = self._tokens(grouped_matmul(self._rows(x), factor, self.sizes))
+        elif self.own is None:
+            return jnp.matmul(x, factor, preferred_element_type=dtype or self.wide)
+        else:
+            y = self._tokens(jnp.matmul(self._rows(x), self._factor(factor), preferred_element_type=self.wide))
+        return y if dtype is None else y.astype(dtype)
 
-    def back(self, dy, factor):
-        """Returns dy @ factor.T [*tokens, i]."""
-        return self.product(dy, jnp.swapaxes(factor, -1, -2))
+    def back(self, dy, factor, dtype=None):
+        """Returns dy @ factor.T [*tokens, i], rounded to `dtype` where one is given."""
+        return self.product(dy, jnp.swapaxes(factor, -1, -2), dtype)
 
-    def outer(self, x, dy, factor):
-        """Returns x.T @ dy in the shape and dtype of `factor`, summed over the rows that met it."""
+    def outer(self, x, dy, factor, scale: float = 1.0):
+        """Returns scale * x.T @ dy in the shape and dtype of `factor`, summed over the rows that met it."""
         x, dy = self._rows(x), self._rows(dy)
         if self.sizes is not None:
             _, pull = jax.vjp(lambda f: grouped_matmul(x, f.astype(x.dtype), self.sizes), factor)
-            return pull(dy)[0]
+            return (scale * pull(dy)[0].astype(self.wide)).astype(factor.dtype)
         each = jnp.einsum("...ti,...tj->...ij", x, dy, preferred_element_type=self.wide)
         if self.own is not None:
             each = jnp.where((self.own >= 0)[:, None, None], each, 0)
             each = jnp.zeros(factor.shape, self.wide).at[jnp.maximum(self.own, 0)].add(each)
-        return each.astype(factor.dtype)
+        return (each if scale == 1 else scale * each).astype(factor.dtype)

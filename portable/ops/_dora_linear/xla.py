@@ -15,25 +15,36 @@ def _scaled(y, given: Arguments):
     return y if given.w_scale is None else y * given.w_scale.astype(y.dtype)
 
 
-def save(*arrays, scale, rate, generator, whole, out_dtype):
-    """Returns the result of `reference.fwd`, and (x a, the sum before the gain or None)."""
+def save(*arrays, **options):
+    """Returns the result of `reference.fwd`, and (x a, the sum before the gain or None).
+
+    The result is made of the sum as it is kept, rounded: what comes next then keeps no array beside it, for XLA makes
+    the result again from the sum where a backward pass asks for it.
+    """
+    return _run(arrays, True, **options)
+
+
+def _run(arrays, is_kept: bool, *, scale, rate, generator, whole, out_dtype):
     given = Arguments(*arrays)
     x, weight, factors = given.x, Meeting(given, True), Meeting(given, False)
     low = dropped(x, given, rate, generator)
-    inner = factors.product(low, given.a).astype(x.dtype)
+    # Rounded by the product itself: of the same dtype as the one below, XLA:GPU would make one array of both.
+    inner = factors.product(low, given.a, x.dtype)
     total = _scaled(weight.product(low if whole else x, given.w), given)
     total = total + scale * factors.product(inner, given.b)
+    kept = None if given.gain is None else total.astype(x.dtype)
+    total = total if kept is None or not is_kept else kept.astype(given.wide)
     y = total if given.gain is None else per_row(given.gain, given, 1) * total
     if whole:
         y = y + _scaled(weight.product(x - low, given.w), given)
     if given.bias is not None:
         y = y + per_row(given.bias.astype(given.wide), given)
-    return (y.astype(out_dtype),), (inner, None if given.gain is None else total.astype(x.dtype))
+    return (y.astype(out_dtype),), (inner, kept)
 
 
 def fwd(*arrays, **options):
     """See `reference.fwd`."""
-    return save(*arrays, **options)[0]
+    return _run(arrays, False, **options)[0]
 
 
 def bwd(residuals, cotangents, *, scale, rate, generator, whole, out_dtype):
@@ -56,11 +67,10 @@ def bwd(residuals, cotangents, *, scale, rate, generator, whole, out_dtype):
 
     low = dropped(x, given, rate, generator)
     narrow = dz.astype(x.dtype)
-    dinner = (scale * factors.back(narrow, given.b)).astype(x.dtype)
-    da = factors.outer(low, dinner, given.a)
-    # The scale meets the smaller array of the two, which was rounded already.
-    db = (scale * factors.outer(inner, narrow, given.b)).astype(given.b.dtype)
-    dlow = factors.back(dinner, given.a)
+    dinner = factors.back(narrow, given.b, x.dtype)  # without the scale, which meets sums in float32
+    da = factors.outer(low, dinner, given.a, scale)
+    db = factors.outer(inner, narrow, given.b, scale)
+    dlow = scale * factors.back(dinner, given.a)
     through = _scaled(dz - slope if whole else dz, given).astype(x.dtype)
     dx = weight.back(through, given.w)
     if whole:
