@@ -3,5 +3,5 @@
 XLA = {"tpu": "xla_dense", "default": "xla_factored"}
 WHY = {
     "xla_dense": "forms the updated weight, which a TPU reduces where it is made; without cached squares.",
-    "xla_factored": "never holds a second weight: a tenth of the memory on a GPU, a quarter of a CPU's time at rank 16.",
+    "xla_factored": "never holds a second weight: a tenth of the memory on a GPU; a CPU forms it slower.",
 }

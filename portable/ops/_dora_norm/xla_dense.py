@@ -1,4 +1,4 @@
-"""The definition as one product and one reduction: on a TPU XLA fuses them, and the updated weight is never in memory."""
+"""The definition as one product and one reduction: XLA:TPU fuses them, and the updated weight is never in memory."""
 
 import jax
 import jax.numpy as jnp
