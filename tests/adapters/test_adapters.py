@@ -434,6 +434,7 @@ def test_a_quantised_layer(seed):
         close(ops.dora_linear(x, q, a, b, m), want)
 
 
+@pytest.mark.full
 def test_both_modes_of_nnx_run_adapted_models():
     from tests.oracles import child
 
