@@ -118,7 +118,10 @@ def arrays(rank: int, *lead: int) -> tuple[list, list]:
 
 
 def step_program(kind: str, rank: int, micro: int) -> Callable:
-    """Returns a compiled optimizer step on `micro` times 512 tokens, which keeps what it trains."""
+    """Returns a compiled optimizer step on `micro` times 512 tokens, which keeps what it trains.
+
+    The slope of the first layer's input is computed too, as for a layer that has others before it.
+    """
     weights, trained = arrays(rank)
     squares = [jnp.sum(w * w, axis=0) for w in weights]
     x = jax.random.normal(jax.random.key(9), (micro, 512, D))
@@ -142,19 +145,19 @@ def step_program(kind: str, rank: int, micro: int) -> Callable:
             norms = [ops.dora_norm(w, a, b, scale=SCALE, squares=s) for w, (a, b, _), s in given]
 
         def body(total, x):
-            return jax.tree.map(jnp.add, total, jax.grad(forward)(trained, norms, x, weights)), None
+            return jax.tree.map(jnp.add, total, jax.grad(forward, (0, 2))(trained, norms, x, weights)), None
 
-        slopes = jax.tree.map(jnp.zeros_like, trained)
-        slopes = body(slopes, x[0])[0] if micro == 1 else jax.lax.scan(body, slopes, x)[0]
+        start = jax.tree.map(jnp.zeros_like, (trained, x[0]))
+        slopes, back = body(start, x[0])[0] if micro == 1 else jax.lax.scan(body, start, x)[0]
         updates, state = optimizer.update(slopes, state, trained)
-        return optax.apply_updates(trained, updates), state
+        return optax.apply_updates(trained, updates), state, back
 
     state = optimizer.init(trained)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, x, weights, squares).compile()
     held = [trained, state]
 
     def once():
-        held[0], held[1] = compiled(held[0], held[1], x, weights, squares)
+        held[0], held[1], _ = compiled(held[0], held[1], x, weights, squares)
         return held[0]
 
     return once
@@ -182,10 +185,11 @@ def peft_step(rank: int) -> Callable:
             layer.lora_B["default"].weight.copy_(torch.from_numpy(np.array(b.T)))
             layer.lora_magnitude_vector["default"].weight.copy_(torch.from_numpy(np.array(m)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    x = torch.from_numpy(np.array(jax.random.normal(jax.random.key(9), (512, D))))
+    x = torch.from_numpy(np.array(jax.random.normal(jax.random.key(9), (512, D)))).requires_grad_()
 
     def once() -> None:
         optimizer.zero_grad()
+        x.grad = None
         model(x).square().mean().backward()
         optimizer.step()
 
