@@ -58,15 +58,14 @@ def dense(x, w_gate, w_up, w_down):
     return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
 
 
-def torch_experts(kind: str, stacked: list[jax.Array], chosen: ops.Routing, x: jax.Array, gradients: bool) -> Callable:
-    """Returns a run of transformers' Mixtral experts, by its `kind` of implementation."""
+def torch_experts(stacked: list[jax.Array], chosen: ops.Routing, x: jax.Array, gradients: bool) -> dict[str, Callable]:
+    """Returns runs of transformers' Mixtral experts by its implementations, on the same weights."""
     import torch
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = MixtralConfig(hidden_size=D, intermediate_size=F, num_local_experts=chosen.num_experts)
-    config._experts_implementation = kind
     with torch.device("meta"):
         experts = MixtralExperts(config)
     gate, up, down = (torch.from_numpy(np.swapaxes(np.asarray(w), 1, 2).copy()) for w in stacked)
@@ -76,7 +75,8 @@ def torch_experts(kind: str, stacked: list[jax.Array], chosen: ops.Routing, x: j
     rows = torch.from_numpy(np.array(x)).requires_grad_(gradients)
     indices, weight = torch.from_numpy(np.array(chosen.indices)).long(), torch.from_numpy(np.array(chosen.weights))
 
-    def run() -> Any:
+    def run(kind: str) -> Any:
+        config._experts_implementation = kind
         if not gradients:
             with torch.no_grad():
                 return experts(rows, indices, weight)
@@ -86,7 +86,7 @@ def torch_experts(kind: str, stacked: list[jax.Array], chosen: ops.Routing, x: j
         out.backward(torch.ones_like(out))
         return out.detach()
 
-    return run
+    return {f"transformers, {kind}": functools.partial(run, kind) for kind in ("eager", "grouped_mm")}
 
 
 def sizes(rounds: int) -> Iterator[list[report.Row]]:
@@ -106,8 +106,7 @@ def sizes(rounds: int) -> Iterator[list[report.Row]]:
         if experts == 8:
             ragged = functools.partial(ops.moe_ffn, implementation="xla_ragged")
             programs["ragged_dot"] = run(ragged, x, *stacked, chosen)
-        for kind in ("eager", "grouped_mm"):
-            programs[f"transformers, {kind}"] = torch_experts(kind, stacked, chosen, x, False)
+        programs |= torch_experts(stacked, chosen, x, False)
         want = np.asarray(programs["stacked"]())
         for other in set(programs) - {"stacked", "dense"}:
             error = np.abs(np.asarray(programs[other]()) - want).max() / np.abs(want).max()
@@ -131,8 +130,7 @@ def sizes(rounds: int) -> Iterator[list[report.Row]]:
 
         args = [x, *stacked, chosen.weights, jnp.ones_like(x)]
         programs: dict[str, Callable] = {"both": run(with_gradients(value), *args)}
-        for kind in ("eager", "grouped_mm"):
-            programs[f"transformers, {kind}"] = torch_experts(kind, stacked, chosen, x, True)
+        programs |= torch_experts(stacked, chosen, x, True)
         times = take_turns(programs, max(3, rounds // 2))
         rows.append(ratio("  forward and backward", times["both"], "its forward", forward, "<=", BACKWARD_BAR))
         for other in [o for o in programs if o.startswith("transformers")]:
@@ -193,7 +191,7 @@ def flops(rounds: int) -> Iterator[list[report.Row]]:
     for tokens, k, experts in SIZES:
         chosen = routing(tokens, k, experts)
         sizes_of = jnp.bincount(chosen.indices.ravel(), length=experts)
-        sizes = tiles.sizes_for(tokens, xla_large_tiles.SIZES)
+        sizes = xla_large_tiles.TILING.for_rows(tokens).sizes
         counts = {size: int(n.sum()) for size, (_, n) in zip(sizes, tiles.cut(sizes_of, sizes), strict=True)}
         of, row = jax.ShapeDtypeStruct, 2 * 3 * D * F
         up, down = of((experts, D, F), jnp.bfloat16), of((experts, F, D), jnp.bfloat16)

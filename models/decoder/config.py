@@ -228,15 +228,16 @@ class DecoderConfig:
     @classmethod
     def qwen3_0_6b(cls) -> Self:
         """The configuration of Qwen/Qwen3-0.6B."""
-        return cls(**_QWEN3, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-                   intermediate_size=3072, tie_word_embeddings=True)  # fmt: skip
+        return cls(family="qwen3", **_QWEN3, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
+                   num_key_value_heads=8, intermediate_size=3072, tie_word_embeddings=True)  # fmt: skip
 
     @classmethod
     def qwen3_30b_a3b(cls) -> Self:
         """The configuration of Qwen/Qwen3-30B-A3B."""
-        return cls(**_QWEN3 | {"family": "qwen3_moe"}, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
-                   num_key_value_heads=4, intermediate_size=6144, num_experts=128, num_experts_per_tok=8,
-                   moe_intermediate_size=768, norm_topk_prob=True, router_aux_loss_coef=0.001)  # fmt: skip
+        return cls(family="qwen3_moe", **_QWEN3, hidden_size=2048, num_hidden_layers=48,
+                   num_attention_heads=32, num_key_value_heads=4, intermediate_size=6144, num_experts=128,
+                   num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+                   router_aux_loss_coef=0.001)  # fmt: skip
 
     @classmethod
     def olmoe_1b_7b(cls) -> Self:
@@ -272,7 +273,7 @@ class DecoderConfig:
 
 
 _QWEN3: dict[str, Any] = {
-    "family": "qwen3", "vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 40960, "qk_norm": True,
+    "vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 40960, "qk_norm": True,
     "rope": Rotary(theta=1e6), "bos_token_id": 151643, "eos_token_id": 151645,
 }  # fmt: skip
 _MAY_BE_ZERO = {"num_experts", "num_experts_per_tok", "bos_token_id", "eos_token_id", "pad_token_id"}

@@ -144,10 +144,12 @@ def _lfm2_width(file: Mapping[str, Any]) -> dict[str, Any]:
     return {"intermediate_size": width}
 
 
-def _deepseek(routers: Mapping[str, str], method: str):
+def _deepseek(routers: Mapping[str, str], method: str, score: str):
     """Groups, shared experts and the way of choosing of DeepSeek."""
 
     def read(file: Mapping[str, Any]) -> dict[str, Any]:
+        if (given := file.get("scoring_func") or score) != score:
+            raise ConfigError(f"DecoderConfig: scoring_func must be {score!r} in this model type; got {given!r}.")
         named = file.get("topk_method") or method
         if named not in routers:
             raise ConfigError(
@@ -203,8 +205,8 @@ _NUM_DENSE, _WRITE_NUM_DENSE = _leading("num_dense_layers")
 _DEEPSEEK = _LATENT | _EXPERTS | _DENSE | _BIAS | _same("moe_intermediate_size", routed_scaling_factor=1.0)
 _DEEPSEEK |= {"num_experts": ("n_routed_experts", REQUIRED), "router_aux_loss_coef": ("aux_loss_alpha", 0.0)}
 _DEEPSEEK |= {"num_key_value_heads": ("num_key_value_heads", None)}
-_V2_READ, _V2_WRITE = _deepseek({"greedy": "softmax", "group_limited_greedy": "softmax_groups"}, "greedy")
-_V3_READ, _V3_WRITE = _deepseek({"noaux_tc": "sigmoid_groups"}, "noaux_tc")
+_V2_READ, _V2_WRITE = _deepseek({"greedy": "softmax", "group_limited_greedy": "softmax_groups"}, "greedy", "softmax")
+_V3_READ, _V3_WRITE = _deepseek({"noaux_tc": "sigmoid_groups"}, "noaux_tc", "sigmoid")
 _LFM2_TAPS = {"conv_kernel": ("conv_L_cache", 3), "conv_bias": ("conv_bias", False)}
 _LFM2 = _base("norm_eps", 1e-5, 1, 2, True) | _same(num_key_value_heads=8, head_dim=None) | _LFM2_TAPS
 

@@ -57,6 +57,7 @@ class Call:
 
     def product(self, x, w, bias=None, *, transposed: bool = False):
         """Returns x [m, d] times its groups' matrices [e, d, f] ([e, f, d] where `transposed`); 0 for other rows."""
+        w = w.astype(self.dtype)
         given = (w, x if bias is None else bias)
         width = w.shape[1 if transposed else 2]
         constants = {"BIAS": bias is not None, "TRANSPOSED": transposed}
@@ -65,6 +66,7 @@ class Call:
 
     def hidden(self, x, token, gate, up, b_gate, b_up, activation: str, *, keep: bool):
         """Returns the activations [m, f] of rows x[token], and with `keep` the products with gate and up (or None)."""
+        gate, up = None if gate is None else gate.astype(self.dtype), up.astype(self.dtype)
         given = (up if gate is None else gate, up, x if b_gate is None else b_gate, x if b_up is None else b_up)
         constants = {"NAME": activation, "GATE": gate is not None, "B_GATE": b_gate is not None}
         constants["B_UP"] = b_up is not None

@@ -109,7 +109,7 @@ def products(x, blocks: Blocks, gate, up, *, activation: str | None = None, keep
     names, arrays, specs = ["x"], [x], [of_rows]
     for name, (w, bias) in pairs.items():
         names.append(f"w_{name}")
-        arrays.append(w)
+        arrays.append(w.astype(x.dtype))
         specs.append(pl.BlockSpec((None, inner, columns), lambda j, i, group, count: (group[i], 0, j)))
         if bias is not None:
             names.append(f"b_{name}")

@@ -12,17 +12,22 @@ from portable import ops
 from portable.nn.heads import KERNEL_INIT
 from portable.nn.linear import linear
 from portable.nn.mlp import GatedMLP
+from portable.ops._moe_ffn.activations import NAMES as ACTIVATIONS
 from portable.ops._route.placement import check_table
 
 # What the shared expert's activation is called in `portable.nn.norm.ACTIVATIONS`.
 _SHARED = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
 
+# Options of `portable.ops.route` that a layer hands on.
+_ROUTING = {"score", "renormalize", "renormalize_eps", "groups", "group_top_k", "group_score", "scaling", "score_eps"}
+
+
 class SelectionBias(nnx.Variable):
     """Moves which experts are chosen, not their weights; balancing changes it, not the optimizer (arXiv:2408.15664).
 
-    Its cotangent is no slope but the load of each expert, which so adds up over microbatches, devices and stacked layers:
-    a training step that differentiates these variables too hands what it gets to `portable.ops.updated_bias`.
+    Its cotangent is no slope but the load of each expert, which so adds up over microbatches, devices and stacked
+    layers: a training step that differentiates these variables too hands what it gets to `portable.ops.updated_bias`.
     """
 
 
@@ -123,13 +128,25 @@ class MoE(nnx.Module):
           renormalize, renormalize_eps, groups, group_top_k, group_score, scaling, score_eps.
 
         Raises:
-          ValueError: options contradict each other, or `route` or `remap_experts` refuses them.
+          ValueError: options contradict each other, a name is unknown, or `route`, `limit_capacity` or `remap_experts`
+            refuses them.
+          TypeError: there is no such option of `route`.
         """
         e = num_experts + constants + copies + zeros
         if activation == "swiglu_oai" and not gated:
             raise ValueError("MoE: activation='swiglu_oai' needs gated experts; got gated=False.")
         if shared is not None and activation not in _SHARED:
             raise ValueError(f"MoE: a shared expert's activation is one of {', '.join(_SHARED)}; got {activation!r}.")
+        if num_experts < 1:
+            raise ValueError(f"MoE: num_experts must be at least 1; got {num_experts}.")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"MoE: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}.")
+        if unknown := set(routing) - _ROUTING:
+            raise TypeError(f"MoE: {', '.join(sorted(unknown))}: there is no such option; see MoE and ops.route.")
+        if not expert_choice and capacity_factor is not None:  # it names what is wrong before any weight is made
+            options = {"factor": capacity_factor, "priority": priority, "overflow": overflow}
+            choice = ops.Routing(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)), 1)
+            jax.eval_shape(lambda: ops.limit_capacity(choice, **options).weights)
         if shared_gate and shared is None:
             raise ValueError("MoE: shared_gate weighs a shared expert; give its width as shared.")
         if expert_choice != (top_k is None):
@@ -216,7 +233,7 @@ class MoE(nnx.Module):
         Args:
           x: [*tokens, d].
           mask: [*tokens] booleans, False at padding, which takes no expert (but the shared one).
-          routing: over the router's E experts, instead of the router's own choice (by modality, say).
+          routing: over the router's E experts, instead of the router's own choice (by modality, say); without a mask.
           rows: [*tokens] integers, each token's row of a table of several: its adapter.
           previous_logits: [*tokens, E], those of the layer before, with router_residual; None in the first layer.
           key: of the noise; None for none.
@@ -236,6 +253,8 @@ class MoE(nnx.Module):
             raise ValueError("MoE: previous_logits is for a layer with router_residual=True.")
         if rows is not None and self.table is None:
             raise ValueError("MoE: rows is for a layer with a table of several rows.")
+        if routing is not None and mask is not None:
+            raise ValueError("MoE: give a mask, or a routing whose choices are empty at padding; not both.")
         if routing is not None and self.expert_choice:
             raise ValueError("MoE: a layer whose experts choose takes no routing.")
         x = x.astype(self.dtype)
@@ -322,12 +341,12 @@ class MoE(nnx.Module):
         return jnp.zeros(flat.shape, wide).at[places].add(y).astype(x.dtype).reshape(x.shape)
 
     def _ffn(self, x, routing: ops.Routing):
-        def cast(param) -> Any:
-            return None if param is None else param[...].astype(self.dtype)
+        def value(param) -> Any:
+            return None if param is None else param[...]
 
-        biases = {"b_gate": cast(self.gate_bias), "b_up": cast(self.up_bias), "b_down": cast(self.down_bias)}
-        weights = cast(self.gate), cast(self.up), cast(self.down)
-        return ops.moe_ffn(x, *weights, routing, activation=self.activation, **biases)
+        biases = {"b_gate": value(self.gate_bias), "b_up": value(self.up_bias), "b_down": value(self.down_bias)}
+        weights = value(self.gate), value(self.up), value(self.down)
+        return ops.moe_ffn(x, *weights, routing, activation=self.activation, **biases).astype(self.dtype)
 
 
 def moe_from_dense(
@@ -345,8 +364,9 @@ def moe_from_dense(
     """Makes experts of a dense feed-forward layer.
 
     "split" gives each expert an equal run of the m hidden channels (FactorLLM), and an equal share of b_down: with
-    every expert chosen at weight 1 the layer is the dense one. "copy" gives each the whole layer (upcycling): with
-    weights that sum to 1 it is the dense one whatever the router chooses.
+    every expert chosen at weight 1 the layer is the dense one. No router gives such weights: hand the layer
+    `portable.ops.Routing(indices, ones, num_experts)` with all indices, as its `routing`. "copy" gives each the whole
+    layer (upcycling): with weights that sum to 1 it is the dense one whatever the router chooses.
 
     Args:
       w_gate, w_up, w_down: [d, m], or None for a plain layer; [d, m]; [m, d].
@@ -363,6 +383,10 @@ def moe_from_dense(
 
     Source: FactorLLM (arXiv 2408.11855); sparse upcycling (2212.05055), section 3.
     """
+    if jnp.ndim(w_up) != 2:
+        raise ValueError(f"moe_from_dense: w_up must be [d, m]; got {list(jnp.shape(w_up))}.")
+    if options.get("slots") not in (None, num_experts):
+        raise ValueError(f"moe_from_dense: slots must be num_experts={num_experts}; got {options['slots']}.")
     d, m = w_up.shape
     if how not in ("split", "copy"):
         raise ValueError(f"moe_from_dense: how must be split or copy; got {how!r}.")

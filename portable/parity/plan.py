@@ -17,19 +17,12 @@ MODELS = (
     ("mamba2", "mamba2_130m", "float32"),
     ("mamba2", "mamba2_130m", "bfloat16"),
     ("mamba2", "mamba2_2_7b", "bfloat16"),
-    ("qwen3", "qwen3_0_6b", "bfloat16"),
-    ("olmoe", "olmoe_1b_7b", "bfloat16"),
     ("nat", "nat_mini", "float32"),
     ("dinat", "dinat_mini", "float32"),
     ("dinat", "digits_dinat", "float32"),
 )
 # (work, rows, tokens of a row)
 WORK = (("prefill", 1, 2048), ("decode", 1, 1), ("decode", 64, 1), ("train", 4, 2048))
-# A step of a model with a cache of keys and values: with one of 2048 positions.
-CACHE_WORK = {
-    "qwen3_0_6b": (("prefill", 1, 2048), ("decode", 1, 2048), ("decode", 64, 2048), ("train", 4, 2048)),
-    "olmoe_1b_7b": (("prefill", 1, 2048), ("decode", 1, 2048)),
-}
 # The same of models of images: (work, images, pixels a side).
 IMAGE_WORK = {
     "nat_mini": (("forward", 1, 224),),
@@ -173,7 +166,7 @@ def model_jobs(
         for kind, config, dtype in models:
             if (config, targets.find(target).family) in REFUSED:
                 continue
-            for what, batch, length in (CACHE_WORK | IMAGE_WORK).get(config, work):
+            for what, batch, length in IMAGE_WORK.get(config, work):
                 # Without recomputation, the activations of a large model alone exceed any one device.
                 remat = {"remat": "full"} if what == "train" and dtype == "bfloat16" else {}
                 kwargs = {"kind": kind, "config": config, "work": what, "dtype": dtype, **remat}

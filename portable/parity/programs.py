@@ -187,7 +187,7 @@ def _train(model: Any, batch: int, length: int) -> Program:
 
     options = TrainOptions(batch_size=batch, length=length)
     graphdef, params, biases, rest = parts(model)
-    state = jax.eval_shape(lambda *given: init_state(*given, options), params, biases)
+    state = jax.eval_shape(lambda p, b: init_state(p, b, options), params, biases)
     data: dict[str, Any] = dict.fromkeys(("tokens", "targets", "segments"), _tokens(batch, length))
     loss = next_token
     if _sees(model):

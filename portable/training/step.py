@@ -36,7 +36,8 @@ class TrainState(NamedTuple):
 
 def parts(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
     """Returns (graphdef, params, biases, rest): a model's structure, what a step changes, and what it does not."""
-    return nnx.split(model, nnx.Param, SelectionBias, ...)
+    graphdef, params, biases, rest = nnx.split(model, nnx.Param, SelectionBias, ...)
+    return graphdef, params, biases, rest
 
 
 def learning_rate(options: TrainOptions) -> optax.Schedule:

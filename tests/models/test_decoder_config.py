@@ -51,6 +51,7 @@ def test_what_a_family_assumes_where_the_file_is_silent():
 
 BAD = {
     "unknown rope type": (LLAMA | {"rope_scaling": {"type": "longrope"}}, "rope_type must be one of", "'longrope'"),
+    "unknown score": (DEEPSEEK | {"scoring_func": "softmax"}, "scoring_func must be 'sigmoid' in this model type"),
     "unknown router": (DEEPSEEK | {"topk_method": "hash"}, "topk_method must be one of noaux_tc; got 'hash'"),
     "too many experts a token": (MIXTRAL | {"num_experts_per_tok": 5}, "must be in 1..num_experts=4; got 5"),
     "groups": (DEEPSEEK | {"n_group": 3}, "n_group must divide num_experts; got 3 and 8"),

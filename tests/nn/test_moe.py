@@ -333,6 +333,17 @@ BAD = {
         lambda: layer()(normal(3, 16), routing=ops.Routing(jnp.zeros((3, 1), int), jnp.ones((3, 1)), 5)),
         "the routing must be made for these experts, e=6; got one for 5",
     ),
+    "mask": (
+        lambda: layer()(
+            normal(3, 16), mask=jnp.ones(3, bool), routing=ops.Routing(jnp.zeros((3, 1), int), jnp.ones((3, 1)), 6)
+        ),
+        "give a mask, or a routing whose choices are empty at padding",
+    ),
+    "name": (lambda: layer(activation="swish"), "activation must be one of silu, gelu,"),
+    "factor": (lambda: layer(capacity_factor=-1.0), "factor must be positive; got -1.0"),
+    "overflow": (lambda: layer(capacity_factor=1.0, overflow="x"), "overflow must be one of drop, next; got 'x'"),
+    "none": (lambda: layer(num_experts=0, zeros=2), "num_experts must be at least 1; got 0"),
+    "flat": (lambda: nn.moe_from_dense(None, normal(4), normal(4), num_experts=2), "w_up must be [d, m]; got [4]"),
     "split": (
         lambda: nn.moe_from_dense(None, normal(4, 10), normal(10, 4), num_experts=3, top_k=1, rngs=nnx.Rngs(0)),
         "num_experts must divide the 10 hidden channels; got 3",

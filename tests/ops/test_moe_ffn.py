@@ -70,6 +70,33 @@ def test_a_token_without_a_number_spoils_itself_alone(form, seed):
     np.testing.assert_array_equal(np.isnan(spoiled).any(1), np.arange(T) == 3)
 
 
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_a_foreign_index_in_compiled_code_is_no_choice(form, seed):
+    *arrays, routing = arguments(seed)
+    put = lambda i: dataclasses.replace(routing, indices=routing.indices.at[2, 1].set(i))  # noqa: E731
+    run = jax.jit(lambda indices: moe_ffn(*arrays, dataclasses.replace(routing, indices=indices), implementation=form))
+    want = run(put(E).indices)
+    for foreign in (-1, E + 5):
+        np.testing.assert_array_equal(run(put(foreign).indices), want)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_no_form_holds_all_experts_matrices(tokens, dtype, seed):
+    """In the dtype of the products, whatever that of the matrices: what a processor holds is a few experts' of them."""
+    d, f, e = 64, 128, 32
+    of = jax.ShapeDtypeStruct
+    for given in (jnp.bfloat16, jnp.float32):
+        up, down = of((e, d, f), given), of((e, f, d), given)
+        choices = of((tokens, K), jnp.int32), of((tokens, K), jnp.float32)
+
+        def value(x, gate, up, down, indices, weights):
+            return moe_ffn(x, gate, up, down, Routing(indices, weights, e), implementation="xla_small_tiles")
+
+        done = jax.jit(value).lower(of((tokens, d), dtype), up, up, down, *choices).compile()
+        assert done.memory_analysis().temp_size_in_bytes < 3 * d * f * 4 * e / 4
+
+
 def test_the_order_of_tokens_does_not_matter(seed):
     x, *experts, routing = arguments(seed)
     order = np.random.default_rng(seed).permutation(T)
@@ -137,7 +164,8 @@ def test_tokens_over_four_devices():
         ({"w_gate": None, "activation": "swiglu_oai"}, ValueError, "need a gate; got w_gate=None."),
         ({"activation": "swish"}, ValueError, "activation must be one of silu, gelu,"),
         ({"b_up": jnp.ones([E, D])}, ValueError, "b_up must be [e, f] with f=16; got shape [4, 8]."),
-        ({"capacity": -1}, ValueError, "capacity must not be negative; got -1."),
+        ({"capacity": 2.0}, ValueError, "capacity must be an integer of at least 0; got 2.0."),
+        ({"capacity": -1}, ValueError, "capacity must be an integer of at least 0; got -1."),
     ],
 )
 def test_mistakes(change, error, sentence):

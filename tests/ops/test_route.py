@@ -390,6 +390,13 @@ BAD = {
     "score": (lambda: route(L, top_k=1, score="tanh"), "one of softmax, sigmoid, relu_rms; got 'tanh'"),
     "group score": (lambda: route(L, top_k=1, group_score="sum"), "one of max, top2; got 'sum'"),
     "scale": (lambda: route(L, top_k=1, score_scale=jnp.ones(8)), "score_scale belongs to score='relu_rms'"),
+    "half": (lambda: route(L, top_k=2.0), "top_k must be an integer; got 2.0"),
+    "nan bias": (lambda: route(L, top_k=1, bias=jnp.full(8, jnp.nan)), "bias must hold finite numbers"),
+    "factor": (lambda: limit_capacity(R, factor=0.0), "factor must be positive; got 0.0"),
+    "v3": (
+        lambda: route_options("deepseek_v3", {"scoring_func": "softmax"}),
+        "scoring_func of deepseek_v3 must be 'sigmoid'",
+    ),
     "bias": (lambda: route(L, top_k=1, bias=jnp.ones(7)), r"bias must be \[E\] with E=8; got shape \[7\]"),
     "mask": (lambda: route(L, top_k=1, mask=jnp.ones(3)), r"mask must be booleans \[\*tokens\], \[3\]; got float32"),
     "zeros": (lambda: route(L, top_k=1, zero_experts=9), "zero_experts must be from 0 to the number of experts; got 9"),

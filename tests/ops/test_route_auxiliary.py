@@ -263,7 +263,10 @@ BAD = {
         r"per_sequence needs a routing of \[..., t\] tokens",
     ),
     "mask": (lambda: ops.z_loss(M, mask=jnp.ones(2, bool)), r"mask must be \[\*tokens\], \[3\]; got shape \[2\]"),
-    "bias": (lambda: ops.updated_bias(jnp.zeros(4), jnp.zeros(3)), r"load must be \[E\], \[4\]; got shape \[3\]"),
+    "bias": (
+        lambda: ops.updated_bias(jnp.zeros(4), jnp.zeros(3)),
+        r"load must have the bias's shape, \[4\]; got \[3\]",
+    ),
     "noise": (
         lambda: ops.noisy_logits(jnp.zeros((3, 4)), jnp.zeros((3, 3)), jax.random.key(0)),
         r"spread_logits must have the shape of logits, \[3, 4\]; got \[3, 3\]",

@@ -64,7 +64,6 @@ def prepare(x, w, group_sizes):
     leaves = w if isinstance(w, tuple) else (w,)
     dtype = jnp.result_type(x, *leaves)
     x, group_sizes, *leaves = vary_together(x.astype(dtype), group_sizes.astype(jnp.int32), *leaves)
-    leaves = [leaf.astype(dtype) for leaf in leaves]
     return (x, tuple(leaves) if isinstance(w, tuple) else leaves[0], group_sizes), {}
 
 

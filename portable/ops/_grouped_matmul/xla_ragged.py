@@ -14,7 +14,7 @@ _OUTER = jax.lax.RaggedDotDimensionNumbers(
 
 def matmul(x, w, group_sizes):
     """Returns x's rows times their groups' matrices, in the accumulator's dtype; rows behind the last group are 0."""
-    w = jnp.stack(w) if isinstance(w, tuple) else w
+    w = (jnp.stack(w) if isinstance(w, tuple) else w).astype(x.dtype)
     y = jax.lax.ragged_dot(x, w, group_sizes, preferred_element_type=accumulator(x))
     # A kernel may leave rows of no group unwritten.
     return jnp.where((jnp.arange(x.shape[0]) < group_sizes.sum())[:, None], y, 0)

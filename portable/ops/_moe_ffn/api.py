@@ -92,6 +92,8 @@ def prepare(x, w_gate, w_up, w_down, routing, *, activation="silu", b_gate=None,
     sizes: dict[str, int] = {"d": x.shape[-1]}
     w_gate, w_up = (check_experts("moe_ffn", *w, "d f", sizes) for w in (("w_gate", w_gate), ("w_up", w_up)))
     w_down = check_experts("moe_ffn", "w_down", w_down, "f d", sizes)
+    if w_up is None or w_down is None:
+        raise TypeError("moe_ffn: w_up and w_down must be arrays, or sequences of them; got None.")
     for name, bias, letters in (("b_gate", b_gate, "e f"), ("b_up", b_up, "e f"), ("b_down", b_down, "e d")):
         check_shape("moe_ffn", name, bias, letters, sizes)
     if len({isinstance(w, tuple) for w in (w_gate, w_up, w_down) if w is not None}) > 1:
@@ -100,8 +102,8 @@ def prepare(x, w_gate, w_up, w_down, routing, *, activation="silu", b_gate=None,
         raise ValueError(f"moe_ffn: activation must be one of {', '.join(activations.NAMES)}; got {activation!r}.")
     if w_gate is None and (b_gate is not None or activation == "swiglu_oai"):
         raise ValueError("moe_ffn: b_gate and activation='swiglu_oai' need a gate; got w_gate=None.")
-    if capacity is not None and capacity < 0:
-        raise ValueError(f"moe_ffn: capacity must not be negative; got {capacity}.")
+    if capacity is not None and (isinstance(capacity, bool) or not hasattr(capacity, "__index__") or capacity < 0):
+        raise ValueError(f"moe_ffn: capacity must be an integer of at least 0; got {capacity!r}.")
     experts, shape = sizes["e"], (*x.shape[:-1], routing.indices.shape[-1])
     if routing.num_experts != experts:
         raise ValueError(
@@ -122,13 +124,16 @@ def prepare(x, w_gate, w_up, w_down, routing, *, activation="silu", b_gate=None,
     dtype = x.dtype if wide == jnp.float32 else wide
     tokens, k = math.prod(x.shape[:-1]), shape[-1]
     indices = routing.indices.reshape(tokens, k).astype(jnp.int32)
+    # Compiled code cannot refuse them: they are no choice, and must not move the rows of others.
+    indices = jnp.where((indices < 0) | (indices > experts), experts, indices)
     weights = routing.weights.reshape(tokens, k).astype(wide)
     if capacity is not None:
         indices = plan.limited(indices, experts, capacity)
     weights = jnp.where(indices < experts, weights, 0)
-    floats = (x.reshape(tokens, sizes["d"]), *leaves, b_gate, b_up, b_down)
-    cast = [None if a is None else a.astype(dtype) for a in floats]
-    x, *rest, b_gate, b_up, b_down, indices, weights = vary_together(*cast, indices, weights)
+    cast = [None if a is None else a.astype(dtype) for a in (b_gate, b_up, b_down)]
+    # The matrices keep their dtype: a form that takes a few of them need not convert all.
+    given = vary_together(x.reshape(tokens, sizes["d"]).astype(dtype), *leaves, *cast, indices, weights)
+    x, *rest, b_gate, b_up, b_down, indices, weights = given
     if isinstance(w_up, tuple):
         count = 0 if w_gate is None else experts
         gate = tuple(rest[:count]) if count else None

@@ -12,20 +12,20 @@ from portable.ops._moe_ffn.arguments import Arguments
 from portable.selection import Impl
 
 
-def implementation(sizes: tuple[int, ...], buckets: tuple[int, ...]) -> Impl:
-    """Returns the implementation that walks tiles of these sizes, and sums gradients over these numbers of rows."""
+def implementation(tiling: tiles.Tiling) -> Impl:
+    """Returns the implementation that walks a device's tiles."""
 
     def matmul(rows, w, group_sizes, transposed):
-        return tiles.matmul(rows, w, group_sizes, sizes, transposed)
+        return tiles.matmul(rows, w, group_sizes, tiling, transposed)
 
     def outer(rows, slopes, group_sizes, dtype, i):
-        return tiles.outer(rows, slopes, group_sizes, dtype, i, buckets)
+        return tiles.outer(rows, slopes, group_sizes, dtype, i, tiling)
 
     engine = compose.Engine(matmul, outer)
     return Impl(
-        fwd=lambda *arrays, **options: _forward(sizes, False, *arrays, **options)[0],
-        save=functools.partial(_forward, sizes, True),
-        bwd=functools.partial(_backward, engine, sizes),
+        fwd=lambda *arrays, **options: _forward(tiling, False, *arrays, **options)[0],
+        save=functools.partial(_forward, tiling, True),
+        bwd=functools.partial(_backward, engine, tiling),
     )
 
 
@@ -35,7 +35,7 @@ def _networks(a: Arguments):
     return tuple(given.values()), {name: i for i, name in enumerate(given)}
 
 
-def _forward(sizes: tuple[int, ...], keep: bool, *arrays, activation, capacity):
+def _forward(tiling: tiles.Tiling, keep: bool, *arrays, activation, capacity):
     """Returns the result, and the products with w_gate and w_up where `keep` is set."""
     del capacity
     a = Arguments(*arrays)
@@ -43,8 +43,8 @@ def _forward(sizes: tuple[int, ...], keep: bool, *arrays, activation, capacity):
     weights, at = _networks(a)
     tokens, rows = a.x.shape[0], plan.order.size
     # An expert stands once in a token's choices.
-    sizes = tiles.sizes_for(tokens, sizes)
-    token = tiles.padded(plan.token, sizes)
+    tiling = tiling.for_rows(tokens)
+    token = tiles.padded(plan.token, tiling.sizes[0])
     width, last = a.w_up[0].shape[1], token.size
     count = 2 if keep and a.w_gate is not None else 1 if keep else 0
     # Of unequal values: equal ones would be made once, and copied.
@@ -67,12 +67,12 @@ def _forward(sizes: tuple[int, ...], keep: bool, *arrays, activation, capacity):
         made = [s for s in (gate, up) if s is not None]
         return (out, *[tile.write(k, s) for k, s in zip(kept, made, strict=False)])
 
-    out, *kept = tiles.walk(body, carry, weights, plan.group_sizes, sizes, last)
+    out, *kept = tiles.walk(body, carry, weights, plan.group_sizes, tiling, last, rows)
     kept = [k[:rows] for k in kept]
     return compose.finish(a, plan, out[:rows]), (kept[0] if count == 2 else None, kept[-1] if kept else None)
 
 
-def _backward(engine: compose.Engine, sizes: tuple[int, ...], residuals, cotangents, *, activation, capacity):
+def _backward(engine: compose.Engine, tiling: tiles.Tiling, residuals, cotangents, *, activation, capacity):
     """Returns the cotangents of `Arguments`; residuals are those arguments and what `_forward` kept."""
     del capacity
     *arrays, saved = residuals
@@ -80,10 +80,9 @@ def _backward(engine: compose.Engine, sizes: tuple[int, ...], residuals, cotange
     plan = compose.make_plan(a)
     weights, at = _networks(a)
     rows, dtype, wide = plan.order.size, a.x.dtype, a.weights.dtype
-    sizes = tiles.sizes_for(a.x.shape[0], sizes)
-    token = tiles.padded(plan.token, sizes)
-    weight = tiles.padded(a.weights.reshape(-1)[plan.order], sizes)
-    kept = [tiles.padded(s, sizes) for s in saved if s is not None]
+    tiling = tiling.for_rows(a.x.shape[0])
+    token, weight = (tiles.padded(s, tiling.sizes[0]) for s in (plan.token, a.weights.reshape(-1)[plan.order]))
+    kept = [tiles.padded(s, tiling.sizes[0]) for s in saved if s is not None]
     # Not in the place of what was kept: XLA would copy it whole at every tile. Of unequal values: equal ones would be
     # made once, and copied.
     rooms = [jnp.full_like(k, i) for i, k in enumerate((kept[0], *kept))]
@@ -104,7 +103,7 @@ def _backward(engine: compose.Engine, sizes: tuple[int, ...], residuals, cotange
         written = [tile.write(k, s) for k, s in zip(slopes, made, strict=True)]
         return (tile.write(dx, dx_tile), tile.write(dweight, slope), tile.write(hidden, h), *written)
 
-    dx, dweight, hidden, *slopes = tiles.walk(body, carry, weights, plan.group_sizes, sizes, token.size)
+    dx, dweight, hidden, *slopes = tiles.walk(body, carry, weights, plan.group_sizes, tiling, token.size, rows)
     real = (jnp.arange(rows) < plan.group_sizes.sum())[:, None]
     dy = jnp.where(real, dout[plan.token].astype(wide) * weight[:rows, None], 0).astype(dtype)
     dgate, dup = (None, *slopes) if len(slopes) == 1 else slopes

@@ -28,7 +28,7 @@ def _engine(capacity: int, rows: int) -> compose.Engine:
         return jnp.where(own, x[slots], 0)
 
     def matmul(x, w, group_sizes, transposed):
-        w = jnp.stack(w) if isinstance(w, tuple) else w
+        w = (jnp.stack(w) if isinstance(w, tuple) else w).astype(x.dtype)
         letters = "ecf,edf->ecd" if transposed else "ecd,edf->ecf"
         y = jnp.einsum(letters, gathered(x, group_sizes), w, preferred_element_type=accumulator(x))
         ends = jnp.cumsum(group_sizes)

@@ -68,7 +68,7 @@ def route(
     Raises:
       ValueError: shapes do not fit, top_k exceeds the experts or those of the chosen groups, groups do not divide E, a
         name is unknown, or a concrete logit is NaN or +inf (inside compiled code under `portable.checks()`).
-      TypeError: an array has a dtype of another kind.
+      TypeError: an array has a dtype of another kind, or a count is no integer.
 
     Source: Mixtral (arXiv 2401.04088), section 2.1; DeepSeek-V2 (2405.04434), equations 20 to 22, and V3 (2412.19437),
     equations 12 to 16; BlockFFN (2507.08771); MoE++ (2410.07348).
@@ -124,6 +124,10 @@ def _check(logits, bias, score_scale, mask, top_k, score, groups, group_top_k, g
         raise ValueError(
             f"route: mask must be booleans [*tokens], {list(logits.shape[:-1])}; got {mask.dtype} {list(mask.shape)}."
         )
+    counts = {"top_k": top_k, "groups": groups, "group_top_k": group_top_k, "zero_experts": zero_experts}
+    for name, count in counts.items():
+        if isinstance(count, bool) or not (isinstance(count, int) or (count is None and name == "group_top_k")):
+            raise TypeError(f"route: {name} must be an integer; got {count!r}.")
     if not 1 <= top_k <= e:
         raise ValueError(f"route: top_k must be from 1 to the number of experts; got top_k={top_k}, E={e}.")
     if score not in SCORES:
@@ -149,6 +153,8 @@ def _check(logits, bias, score_scale, mask, top_k, score, groups, group_top_k, g
         "route: logits must hold no NaN and no +inf (-inf rules an expert out); look at what came before the router.",
         logits,
     )
+    for name, x in (("bias", bias), ("score_scale", score_scale)):
+        check_values(lambda x: abs(x) < float("inf"), f"route: {name} must hold finite numbers.", x)
 
 
 def _scores(logits, score: str, eps: float):

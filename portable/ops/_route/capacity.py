@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from portable.ops._arguments import vary_together
@@ -62,6 +63,10 @@ def limit_capacity(
     e, tokens = routing.num_experts, math.prod(space)
     if (capacity is None) == (factor is None):
         raise ValueError("limit_capacity: give either capacity or factor.")
+    if factor is not None and not factor > 0:
+        raise ValueError(f"limit_capacity: factor must be positive; got {factor}.")
+    if isinstance(capacity, np.integer):
+        capacity = int(capacity)
     if factor is not None:
         capacity = math.ceil(factor * tokens * k / e)
     if isinstance(capacity, int) and capacity < 1:

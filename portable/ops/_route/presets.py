@@ -81,6 +81,11 @@ def route_options(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
     options = dict(family.options) | {
         name: config[key] for name, key in family.config.items() if config.get(key) is not None
     }
+    score = options.get("score", "softmax")
+    if (given := config.get("scoring_func") or score) != score:
+        raise ValueError(f"route_options: scoring_func of {model_type} must be {score!r}; got {given!r}.")
+    if model_type == "deepseek_v3" and (method := config.get("topk_method") or "noaux_tc") != "noaux_tc":
+        raise ValueError(f"route_options: topk_method of deepseek_v3 must be noaux_tc; got {method!r}.")
     if model_type == "deepseek_v2":
         method = config.get("topk_method") or "greedy"
         if method not in _METHODS:
