@@ -200,13 +200,16 @@ def flops(rounds: int) -> Iterator[list[report.Row]]:
         def value(x, gate, up, down, weights, indices, experts=experts):
             return ops.moe_ffn(x, gate, up, down, ops.Routing(indices, weights, experts))
 
-        def runs(dims, counts=counts, experts=experts):
-            return next(n / experts for size, n in counts.items() if size in dims)
+        busy = int((sizes_of > 0).sum())
+
+        def runs(dims, counts=counts, busy=busy):
+            # A loop over experts holds one for every size of their tiles; such a loop runs, on average, n / busy times.
+            inside = [n for size, n in counts.items() if size in dims]
+            return busy if len(inside) > 1 else inside[0] / busy
 
         for target in ("cuda-sm80", "cuda-sm90", "cuda-sm100", "tpu-v5e", "tpu-v6e", "tpu-7x"):
             done = parity.compile_for(target, value, *args)
             if target.startswith("cuda"):
-                # The loops over tiles of one size run, for an expert on average, as often as this.
                 needed = row * sum(size * n for size, n in counts.items())
                 found = product_flops(hlo.text(done), runs)
             else:

@@ -117,7 +117,8 @@ def main(
     """
     default = [name for name in phases if name not in by_name]
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phases", nargs="*", metavar="PHASE", help=f"of {', '.join(phases)}; {', '.join(default)}")
+    what = f"{', '.join(phases)}; without one: {', '.join(default)}"
+    parser.add_argument("phases", nargs="*", metavar="PHASE", help=what)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"samples of each program (default {rounds})")
     parser.add_argument("--threads", type=int, default=2, help="processors the programs may use (default 2)")
     parser.add_argument("--json", type=pathlib.Path, default=results, help="results file")
