@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from portable import ops
 from portable.nn.cache import Seen, extend
 from portable.nn.heads import KERNEL_INIT
-from portable.nn.linear import linear
+from portable.nn.linear import kernel_of, linear
 from portable.nn.norm import RMSNorm
 from portable.nn.padding import right_padded
 from portable.nn.rotary import Rotary, rotary
@@ -200,8 +200,8 @@ class LatentAttention(nnx.Module):
 
     def _absorbed(self, plain, turned, latents, **options):
         """Returns the same: every head attends to the latents themselves, as to one key and value."""
-        up = self.key_up.kernel[...].astype(self.dtype).reshape(self.kv_rank, self.num_heads, self.head_dim)
-        down = self.value_up.kernel[...].astype(self.dtype).reshape(self.kv_rank, self.num_heads, self.value_dim)
+        up = kernel_of(self.key_up).astype(self.dtype).reshape(self.kv_rank, self.num_heads, self.head_dim)
+        down = kernel_of(self.value_up).astype(self.dtype).reshape(self.kv_rank, self.num_heads, self.value_dim)
         wide = jnp.promote_types(jnp.float32, self.dtype)
         q = jnp.einsum("bthn,rhn->bthr", plain, up, preferred_element_type=wide).astype(self.dtype)
         q, kv = jnp.concatenate([q, turned], axis=-1), latents[:, :, None]

@@ -32,6 +32,12 @@ def dot_general(
     return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision, **options)
 
 
+def kernel_of(layer: nnx.Linear) -> Array:
+    """Returns the kernel as the layer's product reads it, with its adapter where it has one (`portable.adapters`)."""
+    updated = getattr(layer, "updated_kernel", None)
+    return layer.kernel[...] if updated is None else updated()
+
+
 def linear(
     i: int, o: int, axes: tuple[str | None, str | None], *, use_bias: bool, dtype, param_dtype, rngs, **options
 ) -> nnx.Linear:

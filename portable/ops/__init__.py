@@ -4,6 +4,9 @@ from portable.ops._attention.api import attention as attention
 from portable.ops._attention.merge import merge_attentions as merge_attentions
 from portable.ops._block_sparse_attention.api import block_sparse_attention as block_sparse_attention
 from portable.ops._causal_conv1d.api import causal_conv1d as causal_conv1d
+from portable.ops._dora_linear.api import dora_linear as dora_linear
+from portable.ops._dora_linear.api import lora_linear as lora_linear
+from portable.ops._dora_norm.api import dora_norm as dora_norm
 from portable.ops._grouped_matmul.api import grouped_matmul as grouped_matmul
 from portable.ops._linear.api import linear as linear
 from portable.ops._moe_ffn.api import moe_ffn as moe_ffn
