@@ -16,18 +16,17 @@ from portable.training.data import IGNORE
 
 
 @pytest.mark.parametrize("kind", recall.TASKS)
-def test_every_answer_stands_beside_its_key_in_the_text(kind):
+def test_every_answer_stands_in_a_record_of_its_key(kind):
     batch = recall.Questions().batch(kind, 4, 256, seed=3)
-    pairs = recall.TASKS[kind] if kind == "needles" else 32
+    count = recall.TASKS[kind]
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
         asked = np.flatnonzero(targets != IGNORE)
-        assert len(asked) == min(pairs, 32)
-        assert asked.min() >= 192
+        np.testing.assert_array_equal(asked, np.arange(256 - count, 256))
+        records = tokens[:192][(tokens[:192] >= recall.RECORD) & (tokens[:192] < recall.KEY)] - recall.RECORD
+        said = dict(divmod(int(record), recall.VALUES) for record in records)
+        assert len(said) == len(records) == count
         for at in asked:
-            [found] = np.flatnonzero(tokens[:192] == tokens[at])
-            assert recall.KEY <= tokens[at] < recall.VALUE <= targets[at]
-            assert tokens[found + 1] == targets[at] == tokens[at + 1]
-        assert (tokens[:192] >= recall.VALUE).sum() == pairs
+            assert said[tokens[at] - recall.KEY] == targets[at] - recall.VALUE
     again = recall.Questions().batch(kind, 4, 256, seed=3)
     other = recall.Questions(held_out=True).batch(kind, 4, 256, seed=3)
     np.testing.assert_array_equal(again["tokens"], batch["tokens"])
@@ -58,7 +57,7 @@ def test_the_study_prints_and_draws(capsys, tmp_path):
         assert 0 <= row["recall"] <= 1
         assert np.median(row["samples_s"]) * 1e3 == pytest.approx(row["ms"])
     flops = {(row["method"], row["budget"]): row["gflop"] for row in others}
-    assert flops["window", 48] < flops["window", 96] < full["gflop"]
+    assert flops["window", 48] <= flops["window", 96] <= full["gflop"]  # so short a text is one block of queries
     assert flops["MoBA", 48] < flops["MoBA", 96]
     assert found["trained"]["steps"] == 4
     assert picture.read_bytes().startswith(b"\x89PNG")

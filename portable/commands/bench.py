@@ -121,7 +121,9 @@ def _sparse(args: argparse.Namespace) -> int:
         )
     else:
         show([_report(title, rows, sparse.COLUMNS)], as_json=False)
-        print(f"\nDrawn in {picture}. Needles and pairs: the share of {sizes.texts} texts' questions that is answered.")
+        print(
+            f"\nDrawn in {picture}. Needles and records: the share of {sizes.texts} texts' questions that is answered."
+        )
     return 0
 
 

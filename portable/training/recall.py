@@ -17,9 +17,11 @@ from portable.training.progress import Report, Silent
 from portable.training.stdlib import stdlib_text
 from portable.training.step import init_state, make_step, parts
 
-KEYS = 64  # a token each, and as many values
-KEY, VALUE = 256, 256 + KEYS
-TASKS = {"needles": 6, "recall": 48}  # pairs in a text
+KEYS, VALUES = 32, 16
+RECORD = 256  # tokens behind the bytes: one for each record of a key and a value, for each key, for each value
+KEY = RECORD + KEYS * VALUES
+VALUE = KEY + KEYS
+TASKS = {"needles": 4, "recall": 32}  # records in a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,12 @@ class Sizes:
       length: tokens of a question. short: of those that training begins with.
       steps, batch: of training. share: of the steps that are of the full length.
       texts: questions that are asked of each kind.
-      width: of the model. layers: of attention, behind one of a short convolution.
+      width, layers: of the model.
     """
 
     length: int = 1024
     short: int = 128
-    steps: int = 600
+    steps: int = 400
     batch: int = 32
     share: float = 0.15
     texts: int = 32
@@ -47,10 +49,10 @@ QUICK = Sizes(length=192, short=96, steps=4, batch=4, share=0.5, texts=2, width=
 
 
 class Questions:
-    """Texts of the standard library's sources with pairs of a key and a value in them, and keys to be answered.
+    """Texts of the standard library's sources with records of a key and a value in them, and keys to be answered.
 
-    "needles" has a few pairs anywhere in the first three quarters, "recall" many one behind the other; what is asked
-    stands at the end, each key followed by its value.
+    "needles" has a few records anywhere in the first three quarters, "recall" many one behind the other; the keys that
+    are asked stand at the end. A record is one token, so that one layer of attention can find it.
     """
 
     def __init__(self, held_out: bool = False):
@@ -61,53 +63,33 @@ class Questions:
     def batch(self, kind: str, rows: int, length: int, seed: int) -> dict[str, np.ndarray]:
         """Returns a `portable.training.data.Batch` of [rows, length]; only answers are targets."""
         rng = np.random.default_rng((seed, length, rows, list(TASKS).index(kind)))
-        pairs = min(TASKS[kind], length // 8)
+        count = min(TASKS[kind], length // 4)
         tokens, targets = np.empty((rows, length), np.int32), np.full((rows, length), IGNORE, np.int32)
         for row in range(rows):
             start = rng.integers(len(self.bytes) - length)
             tokens[row] = self.bytes[start : start + length]
-            keys, values = rng.permutation(KEYS)[:pairs] + KEY, rng.integers(KEYS, size=pairs) + VALUE
+            keys, values = rng.permutation(KEYS)[:count], rng.integers(VALUES, size=count)
             room = length * 3 // 4
             if kind == "needles":
-                at = 2 * np.sort(rng.permutation(room // 2)[:pairs])
+                at = rng.permutation(room)[:count]
             else:
-                at = rng.integers(room - 2 * pairs + 1) + 2 * np.arange(pairs)
-            tokens[row, at], tokens[row, at + 1] = keys, values
-            asked = rng.permutation(pairs)[: min(pairs, length // 8)]
-            end = length - 2 * len(asked) + 2 * np.arange(len(asked))
-            tokens[row, end], tokens[row, end + 1] = keys[asked], values[asked]
-            targets[row, end] = values[asked]
-        return {"tokens": tokens, "targets": targets, "segments": np.zeros_like(tokens)}
-
-    def practice(self, rows: int, length: int, seed: int) -> dict[str, np.ndarray]:
-        """Returns a batch of few pairs again and again, where every key but the first of its kind is asked.
-
-        What a model learns from is denser here than in texts, and the same.
-        """
-        rng = np.random.default_rng((seed, length, rows))
-        keys = np.argsort(rng.random((rows, KEYS)), 1)[:, : min(KEYS, length // 8)]
-        values = rng.integers(KEYS, size=keys.shape)
-        which = rng.integers(keys.shape[1], size=(rows, length // 2))
-        tokens, targets = np.empty((rows, length), np.int32), np.full((rows, length), IGNORE, np.int32)
-        tokens[:, 0::2] = KEY + np.take_along_axis(keys, which, 1)
-        tokens[:, 1::2] = VALUE + np.take_along_axis(values, which, 1)
-        again = (which[:, :, None] == which[:, None]) & np.tri(length // 2, k=-1, dtype=bool)
-        targets[:, 0::2] = np.where(again.any(2), tokens[:, 1::2], IGNORE)
+                at = rng.integers(room - count + 1) + np.arange(count)
+            tokens[row, at] = RECORD + keys * VALUES + values
+            asked = rng.permutation(count)[: length // 8]
+            tokens[row, length - len(asked) :] = KEY + keys[asked]
+            targets[row, length - len(asked) :] = VALUE + values[asked]
         return {"tokens": tokens, "targets": targets, "segments": np.zeros_like(tokens)}
 
 
 def small_model(sizes: Sizes) -> Decoder:
-    """Returns the model before training: a short convolution, then attention, as in LFM2.
+    """Returns the model before training.
 
-    The convolution puts a key beside its value, which attention alone would learn to do first and slowly. Heads turn a
-    quarter of their channels by position, so that what is learned on short texts holds on long ones.
+    Heads turn a quarter of their channels by position, so that what is learned on short texts holds on long ones.
     """
     config = DecoderConfig(
-        vocab_size=256 + 2 * KEYS,
+        vocab_size=VALUE + VALUES,
         hidden_size=sizes.width,
-        family="lfm2",
-        num_hidden_layers=1 + sizes.layers,
-        layer_types=("conv", *["full_attention"] * sizes.layers),
+        num_hidden_layers=sizes.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -150,10 +132,8 @@ def _batches(sizes: Sizes) -> Iterator[dict[str, np.ndarray]]:
     for i in range(sizes.steps):
         length = sizes.short if i < first else sizes.length
         rows = sizes.batch if i < first else max(2, sizes.batch * sizes.short // sizes.length)
-        parts = [questions.batch(kind, rows // 2, length, i + 1) for kind in TASKS]
-        if i < first:
-            parts.append(questions.practice(rows // 2, length, i + 1))
-        yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        halves = [questions.batch(kind, rows // 2, length, i + 1) for kind in TASKS]
+        yield {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
 
 
 def correct(logits: Any, targets: Any) -> float:

@@ -23,7 +23,7 @@ COLUMNS = {
     "method": "method",
     "budget": "keys a query",
     "needles": "needles found",
-    "recall": "pairs recalled",
+    "recall": "records recalled",
     "gflop": "GFLOP",
     "ms": "ms",
     "temporary_mib": "temporary MiB",
@@ -189,7 +189,7 @@ def draw(rows: Sequence[dict], path: Any, title: str) -> None:
     markers = dict(zip(names, "osD^vP*X", strict=False))
     [full] = [row for row in rows if row["budget"] is None]
     costs = {"gflop": "GFLOP a question (counted)", "ms": "ms a question", "temporary_mib": "temporary MiB"}
-    for line, (kind, what) in zip(grid, (("needles", "needles found"), ("recall", "pairs recalled")), strict=True):
+    for line, (kind, what) in zip(grid, (("needles", "needles found"), ("recall", "records recalled")), strict=True):
         for axes, (cost, label) in zip(line, costs.items(), strict=True):
             if full[cost] is None:
                 axes.set_visible(False)
