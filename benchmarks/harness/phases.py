@@ -49,6 +49,21 @@ def run(fn: Callable, *args: Any) -> Callable[[], Any]:
     return compiled(fn, *args)[0]
 
 
+def holding(once: Callable[[], Any]) -> Callable[[], Any]:
+    """Returns the run with its result held until it runs again, as PyTorch holds gradients.
+
+    What was just given back is had again at once; what other programs ran over meanwhile may have to come from a host.
+    """
+    held: list[Any] = []
+
+    def again() -> Any:
+        held.clear()
+        held.append(once())
+        return held[0]
+
+    return again
+
+
 def take_turns(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
     """Runs each once to warm up, then in turns; returns seconds, wall and processor, of each.
 
