@@ -37,9 +37,9 @@ class Sizes:
 
     length: int = 1024
     short: int = 128
-    steps: int = 400
+    steps: int = 600
     batch: int = 32
-    share: float = 0.15
+    share: float = 0.25
     texts: int = 32
     width: int = 64
     layers: int = 2

@@ -180,6 +180,7 @@ def draw(rows: Sequence[dict], path: Any, title: str) -> None:
     """Draws answers over FLOPs, time and memory into a PNG, a line for each method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(13, 7.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -205,7 +206,10 @@ def draw(rows: Sequence[dict], path: Any, title: str) -> None:
             axes.set_ylim(-0.04, 1.04)
             axes.grid(alpha=0.25, linewidth=0.6, which="both")
             axes.spines[["top", "right"]].set_visible(False)
-            if line is grid[1]:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            if kind == "recall":
                 axes.set_xlabel(label)
             if cost == "gflop":
                 axes.set_ylabel(what)
