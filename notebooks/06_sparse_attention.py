@@ -62,8 +62,8 @@ print(f"values found in texts that it has never seen: {recall.correct(logits, ba
 # %% [markdown]
 # ## What each selector picks
 #
-# The last layer's queries and keys on one text, and its attention from the keys that are asked at the end. What a method
-# lets a query see is drawn over it in blue: a quarter of the keys, as blocks of 16 or as tokens.
+# The last layer's queries and keys on one text, and its attention from the keys that are asked at the end. What a
+# method lets a query see is drawn over it in blue: a quarter of the keys, as blocks of 16 or as tokens.
 
 # %%
 layer = model.layers[-1]
