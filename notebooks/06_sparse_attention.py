@@ -62,14 +62,12 @@ print(f"values found in texts that it has never seen: {recall.correct(logits, ba
 # %% [markdown]
 # ## What each selector picks
 #
-# The last layer's queries and keys on one text, and its attention from the keys that are asked at the end. What a
-# method lets a query see is drawn over it in blue: a quarter of the keys, as blocks of 16 or as tokens.
+# One text, and the attention from the keys that are asked at its end, in the layer and head that look most sharply.
+# What a method lets a query see is drawn over it in blue: a quarter of the keys, as blocks of 16 or as tokens.
 
 # %%
-layer = model.layers[-1]
-u = layer.mixer_norm(hidden[-3])
 t, block = sizes.length, 16
-q, k, v = layer.mixer._project(u, jnp.arange(t), jnp.full(u.shape[:1], t))
+late = slice(int(np.flatnonzero(batch["targets"][0] >= 0)[0]), t)  # the questions
 
 
 def indexer(q, k):
@@ -118,11 +116,21 @@ def weights(q, k):
     return np.asarray(jax.nn.softmax(jnp.where(np.tril(np.ones((t, t), bool)), x, -jnp.inf), -1))
 
 
+def heads_of(layer, x):
+    """Returns queries, keys and values of a layer's heads."""
+    return layer.mixer._project(layer.mixer_norm(x), jnp.arange(t), jnp.full(x.shape[:1], t))
+
+
+def sharpness(layer, x):
+    """Returns the mean highest weight of each head from the questions."""
+    return weights(*heads_of(layer, x)[:2])[:, late].max(-1).mean(-1)
+
+
+layer, x = max(zip(model.layers, hidden, strict=False), key=lambda pair: sharpness(*pair).max())
+head, (q, k, v) = int(sharpness(layer, x).argmax()), heads_of(layer, x)
 full, heads = weights(q, k), q.shape[2]
-head = int(full[:, -8:].max(-1).mean(-1).argmax())  # the one that looks most sharply from the questions
 found = jax.jit(functools.partial(selectors, budget=t // 4))(q, k)
-masks = {name: seen(*x, t, heads) for name, x in found.items()}
-late = slice(int(np.flatnonzero(batch["targets"][0] >= 0)[0]), t)  # the questions
+masks = {name: seen(*choice, t, heads) for name, choice in found.items()}
 fig, axes = plt.subplots(3, 3, figsize=(14, 9), layout="constrained", sharex=True, sharey=True)
 for ax, name in zip(axes.flat, ("full attention", *masks), strict=True):
     extent = (0, t, t, late.start)
@@ -156,8 +164,8 @@ plt.show()
 shares = {name: [] for name in ("exact top-k", *masks)}
 for budget in [n for n in (t // 16, t // 8, t // 4, t // 2) if n >= 3 * block]:
     found = jax.jit(functools.partial(selectors, budget=budget))(q, k)
-    for name, x in found.items():
-        mask = seen(*x, t, heads)
+    for name, choice in found.items():
+        mask = seen(*choice, t, heads)
         shares[name].append((mask[:, late].sum(-1).mean() / t, (full * mask)[:, late].sum(-1).mean()))
     best = np.sort(full[:, late], -1)[..., ::-1][..., :budget].sum(-1).mean()
     shares["exact top-k"].append((budget / t, best))
@@ -181,15 +189,15 @@ plt.show()
 options = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "rope": layer.mixer.rope}
 sparse = nn.MoBA(sizes.width, block_size=16, top_k=6, rngs=nnx.Rngs(0), **options)
 nnx.update(sparse, nnx.state(nn.Attention(sizes.width, rngs=nnx.Rngs(1), **options)))
-x = u[:1, : 96 if FAST else 256]
-whole = sparse(x)
-step, state, steps = jax.jit(lambda u, state: sparse.step(u, state)), sparse.init_state(1, x.shape[1]), []
-for i in range(x.shape[1]):
-    y, state = step(x[:, i], state)
+u = layer.mixer_norm(x)[:1, : 96 if FAST else 256]
+whole = sparse(u)
+step, state, steps = jax.jit(lambda u, state: sparse.step(u, state)), sparse.init_state(1, u.shape[1]), []
+for i in range(u.shape[1]):
+    y, state = step(u[:, i], state)
     steps.append(y)
 print("token by token against the whole, largest difference:", float(abs(jnp.stack(steps, 1) - whole).max()))
 sparse.is_sparse = False
-print("sparse against dense, largest difference:", float(abs(sparse(x) - whole).max()))
+print("sparse against dense, largest difference:", float(abs(sparse(u) - whole).max()))
 
 # %% [markdown]
 # ## Quality against cost
