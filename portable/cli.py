@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": "a small model writes text, then learns from a file of yours",
     "generate": "continue a prompt with a model from a folder or the hub",
     "train": "train a model on text or images; the same command continues",
+    "finetune": "train an adapter (DoRA, LoRA, ...) for a model; the same command continues",
     "convert": "read a checkpoint in one format and write it in another",
     "bench": "time ops and models on this machine",
     "plan": "what neighborhood attention will cost, and what a query sees",
