@@ -21,7 +21,7 @@ from portable.checks import PortableError
 COMMANDS = {
     "info": "versions, devices, and which implementation each op gets here",
     "explain": "why an op runs the implementation it runs, on every platform",
-    "demo": "a small model writes text, then learns from a file of yours",
+    "demo": "a small model of code learns prose in a minute, from a file of yours if you name one",
     "generate": "continue a prompt with a model from a folder or the hub",
     "train": "train a model on text or images; the same command continues",
     "finetune": "train an adapter (DoRA, LoRA, ...) for a model; the same command continues",

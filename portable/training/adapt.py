@@ -69,7 +69,7 @@ class AdapterTask:
         low_rank = isinstance(config, adapters.LoRAConfig)
         if not low_rank and not merge:
             raise ConfigError(
-                f"{type(config).__name__}: PEFT's format holds LoRA and DoRA only; ask for the merged model, merge=True."
+                f"{type(config).__name__}: PEFT's format holds LoRA and DoRA; ask for the merged model, merge=True."
             )
         if lora_plus is not None and not (low_rank and 0 < lora_plus < math.inf):
             raise ConfigError(f"lora_plus is a positive ratio for LoRA and DoRA; got {lora_plus} for {_kind(config)}.")
