@@ -25,8 +25,8 @@
 # # DoRA: a model learns beside its own weights
 #
 # LoRA adds a product of two thin matrices to a frozen weight, $W + sAB$. DoRA takes each column of that sum for a
-# direction and learns its length $m$ apart: $m\,(W + sAB)\,/\,\|W + sAB\|$. Here a small model that has read nothing but
-# code learns prose, once in each way, from the same start and the same batches; what moved is pictured, and the
+# direction and learns its length $m$ apart: $m\,(W + sAB)\,/\,\|W + sAB\|$. Here a small model that has read nothing
+# but code learns prose, once in each way, from the same start and the same batches; what moved is pictured, and the
 # adapter goes to PEFT and back.
 
 # %%
@@ -157,9 +157,9 @@ print("before:", prompt + continued(base()), "\n\nafter:", prompt + continued(le
 # %% [markdown]
 # ## Magnitude and direction
 #
-# How far the columns of each matrix went, as in the paper (Liu et al. 2024): the mean change of their lengths, and the mean
-# of one minus the cosine between a column and what it was. LoRA has one way to do both; DoRA has a parameter for the
-# first.
+# How far the columns of each matrix went, as in the paper (Liu et al. 2024): the mean change of their lengths, and the
+# mean of one minus the cosine between a column and what it was. LoRA has one way to do both; DoRA has a parameter for
+# the first.
 
 
 # %%

@@ -19,7 +19,6 @@ EXAMPLES = """examples:
   portable finetune MODEL src --include '*.py' --out runs/code --accumulate 4 --remat full --merge
   portable finetune MODEL answers.jsonl --out runs/s2ft --adapter s2ft --channels 32 --merge
   portable finetune MODEL answers.jsonl --out runs/answers --rank 32 --alpha 64 --epochs 2   # continues a run
-  portable generate MODEL --adapter runs/answers/adapter --prompt "..."
 
 DATA is a text file, or a folder whose text files are found recursively; or a .jsonl file with an object a line:
   {"prompt": "...", "response": "..."}    the response is learned
@@ -29,7 +28,7 @@ DATA is a text file, or a folder whose text files are found recursively; or a .j
 
 Examples share rows of --length tokens and do not see each other there. Ctrl-C stops with a checkpoint, and the same
 command continues. The folder holds config.json, log.jsonl, loss.png, checkpoints/ and at the end adapter/, which PEFT
-reads too; with --merge also model/, without an adapter.
+reads too (`portable generate MODEL --adapter DIR/adapter` uses it); with --merge also model/, without an adapter.
 """
 
 DEFAULTS: dict[str, Any] = {"learning_rate": 2e-4, "weight_decay": 0.0}
@@ -189,6 +188,7 @@ def _config(args: argparse.Namespace, model: Any) -> Any:
     from portable import adapters
 
     rank = 16 if args.rank is None else args.rank
+    where: dict[str, Any]
     if args.target_modules:
         where = {"target_modules": _names(args.target_modules)}
     elif args.adapter == "esft":

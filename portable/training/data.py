@@ -131,5 +131,5 @@ class Batches:
         return self._dataset[step]  # pyright: ignore[reportReturnType]
 
 
-def _noisy(row: Batch, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _noisy(row: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {**row, "noise": rng.integers(0, 2**32, 2, np.uint32)}
