@@ -114,23 +114,33 @@ for name, (reached, _) in runs.items():
 
 # %%
 colors = {"LoRA": "tab:blue", "DoRA": "tab:orange"}
-fig, (left, right) = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
+fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 3.8), layout="constrained")
 width = max(1, steps // 16)
+losses = {name: np.asarray([r["loss"] for r in log]) / np.log(2) for name, (_, log) in runs.items()}
+wide = {"LoRA": 5, "DoRA": 1.5}  # they lie on each other
 for name, (_, log) in runs.items():
-    losses = np.asarray([r["loss"] for r in log]) / np.log(2)
-    left.plot([r["step"] for r in log], losses, color=colors[name], alpha=0.2, linewidth=0.8)
-    smooth = np.convolve(losses, np.ones(width) / width, "valid")
-    left.plot(np.arange(len(smooth)) + 1 + (width - 1) / 2, smooth, color=colors[name], label=name)
+    smooth = np.convolve(losses[name], np.ones(width) / width, "valid")
+    at = np.arange(len(smooth)) + 1 + (width - 1) / 2
+    left.plot(at, smooth, color=colors[name], linewidth=wide[name], label=name)
     held = [(r["step"], r["held_out_bits_per_byte"]) for r in log if "held_out_bits_per_byte" in r]
-    right.plot(*zip(*held, strict=True), "o-", color=colors[name], label=name)
-    right.annotate(f"{held[-1][1]:.3f}", held[-1], xytext=(5, 5 if name == "LoRA" else -12), textcoords="offset points")
-left.set(title="the batch", xlabel="step", ylabel="bits per byte")
+    right.plot(*zip(*held, strict=True), "o-", color=colors[name], linewidth=wide[name], label=name)
+    shift = (0, 8) if name == "LoRA" else (0, -16)
+    style = {"color": colors[name], "ha": "center", "textcoords": "offset points"}
+    right.annotate(f"{held[-1][1]:.4f}", held[-1], xytext=shift, **style)
+left.set(title=f"the batch, mean of {width} steps", xlabel="step", ylabel="bits per byte")
+middle.axhline(0, color="gray", linewidth=0.8)
+middle.plot(np.arange(steps) + 1, 1000 * (losses["DoRA"] - losses["LoRA"]), color="tab:green", linewidth=1)
+middle.set(title="the batch, DoRA less LoRA", xlabel="step", ylabel="thousandths of a bit per byte")
 right.set(title="held-out prose", xlabel="step", ylabel="bits per byte")
-right.margins(x=0.12)
-for ax in (left, right):
+right.margins(x=0.12, y=0.15)
+for ax in (left, middle, right):
     ax.grid(alpha=0.25)
+for ax in (left, right):
     ax.legend(frameon=False)
 plt.show()
+
+# %% [markdown]
+# At this size and in so few steps, the two learn the same: what differs is how, as the pictures further down show.
 
 # %% [markdown]
 # ## Before and after
@@ -203,8 +213,9 @@ axes[1].legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Each channel of one projection, in each layer: which columns grew and shrank by DoRA's magnitudes, and how far LoRA's
-# went without any.
+# LoRA's columns get longer as they turn: the points lie on a line, step after step. DoRA's turn as far, while their
+# lengths settle at a few percent, whatever the angle. Below, each channel of one projection in each layer: LoRA's
+# columns mostly grow, some of the last layers' by nearly a third; DoRA's magnitudes shrink as well.
 
 # %%
 fig, axes = plt.subplots(2, 1, figsize=(12, 4.4), layout="constrained", sharex=True)

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     config = adapters.DoRAConfig(rank=RANK, alpha=2 * RANK, **adapters.default_targets(model, rank=RANK))
     adapters.apply(model, config)
     trained = sum(x.size for x in jax.tree.leaves(nnx.state(model, adapters.AdapterParam)))
-    console.print(f"Its weights stay as they are; {trained / size:.1%} as many learn beside them.")
+    console.print(f"Its weights stay as they are; {trained / size:.1%} as many more learn beside them.")
     task = training.AdapterTask(training.text_examples(text, ByteTokenizer()), config, base=str(models.EMBEDDED))
     done = training.fit(
         model, task, OPTIONS, folder, reporter=training.reporter(), max_minutes=args.minutes, save_dtype=None
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     adapters.refresh(learned)
     after = training.bits_per_byte(learned, held).bits_per_byte
     console.print(
-        f"Bits per byte on a part of it that was held out: [red]{before:.3f}[/] before, [green]{after:.3f}[/] after "
+        f"Bits per byte on a part of it that was held out, read as a whole: [red]{before:.3f}[/] before, [green]{after:.3f}[/] after "
         f"{done.step} steps."
     )
     for prompt in list(prompts)[-1:]:
