@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import phases, report
-from harness.phases import compiled, ratio, run, take_turns, with_gradients
+from harness.phases import compiled, holding, ratio, run, take_turns, with_gradients
 from harness.products import product_flops
 
 from portable import ops, parity
@@ -129,7 +129,7 @@ def sizes(rounds: int) -> Iterator[list[report.Row]]:
             return ops.moe_ffn(x, gate, up, down, ops.Routing(chosen.indices, given, chosen.num_experts))
 
         args = [x, *stacked, chosen.weights, jnp.ones_like(x)]
-        programs: dict[str, Callable] = {"both": run(with_gradients(value), *args)}
+        programs: dict[str, Callable] = {"both": holding(run(with_gradients(value), *args))}
         programs |= torch_experts(stacked, chosen, x, True)
         times = take_turns(programs, max(3, rounds // 2))
         rows.append(ratio("  forward and backward", times["both"], "its forward", forward, "<=", BACKWARD_BAR))

@@ -49,6 +49,21 @@ def run(fn: Callable, *args: Any) -> Callable[[], Any]:
     return compiled(fn, *args)[0]
 
 
+def holding(once: Callable[[], Any]) -> Callable[[], Any]:
+    """Returns the run with its result held until it runs again, as PyTorch holds gradients.
+
+    What was just given back is had again at once; what other programs ran over meanwhile may have to come from a host.
+    """
+    held: list[Any] = []
+
+    def again() -> Any:
+        held.clear()
+        held.append(once())
+        return held[0]
+
+    return again
+
+
 def take_turns(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
     """Runs each once to warm up, then in turns; returns seconds, wall and processor, of each.
 
@@ -105,7 +120,7 @@ def main(
     rounds: int,
     by_name: Sequence[str] = (),
 ) -> int:
-    """Runs phases, writes their results as each part is done, and prints the table; returns 1 if a bar is missed.
+    """Runs phases, writes their results as each part is done, and prints the table; returns 1 if a run misses a bar.
 
     Args:
       title: of the table.
@@ -145,7 +160,15 @@ def main(
         for row in found["phases"].get(phase, {"rows": []})["rows"]
     ]
     if args.markdown:
-        print(report.markdown(rows))
+        print(_where(found["phases"]) + "\n\n" + report.markdown(rows))
     else:
         report.show(title, rows, OTHERS)
-    return int(any(row.passed is False for row in rows))
+    return int(not args.show and any(row.passed is False for row in rows))
+
+
+def _where(phases: Mapping[str, dict[str, Any]]) -> str:
+    """Returns the machine, the versions and the days of what was found."""
+    last = max(phases.values(), key=lambda phase: phase["machine"]["date"])["machine"]
+    versions = [f"{name} {v}" for name, v in last["versions"].items() if v and name in ("jax", "torch", "transformers")]
+    days = sorted({phase["machine"]["date"][:10] for phase in phases.values()})
+    return f"{last['processor']}, {last['cores']} cores; {', '.join(versions)}; {' and '.join(days)}:"

@@ -21,6 +21,12 @@ from portable.nn.padding import right_padded as right_padded
 from portable.nn.rotary import Rotary as Rotary
 from portable.nn.rotary import rotary as rotary
 from portable.nn.short_conv import ShortConv as ShortConv
+from portable.nn.sparse_attention import NSA as NSA
+from portable.nn.sparse_attention import InfLLMv2Attention as InfLLMv2Attention
+from portable.nn.sparse_attention import MoBA as MoBA
+from portable.nn.sparse_attention import SparseState as SparseState
+from portable.nn.sparse_indexer import IndexerState as IndexerState
+from portable.nn.sparse_indexer import SparseIndexer as SparseIndexer
 from portable.nn.stack import Stack as Stack
 from portable.nn.stack import checkpointed as checkpointed
 from portable.nn.stack import stack as stack

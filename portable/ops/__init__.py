@@ -2,6 +2,7 @@
 
 from portable.ops._attention.api import attention as attention
 from portable.ops._attention.merge import merge_attentions as merge_attentions
+from portable.ops._block_sparse_attention.api import block_sparse_attention as block_sparse_attention
 from portable.ops._causal_conv1d.api import causal_conv1d as causal_conv1d
 from portable.ops._dora_linear.api import dora_linear as dora_linear
 from portable.ops._dora_linear.api import lora_linear as lora_linear
@@ -35,5 +36,15 @@ from portable.ops._route.placement import simple_experts as simple_experts
 from portable.ops._route.presets import route_options as route_options
 from portable.ops._route.routing import ExpertChoice as ExpertChoice
 from portable.ops._route.routing import Routing as Routing
+from portable.ops._sparse_selection.common import block_means as block_means
+from portable.ops._sparse_selection.compressed import select_infllm as select_infllm
+from portable.ops._sparse_selection.compressed import select_nsa as select_nsa
+from portable.ops._sparse_selection.indexer import select_dsa as select_dsa
+from portable.ops._sparse_selection.indexer import select_hisa as select_hisa
+from portable.ops._sparse_selection.kmeans import KMeans as KMeans
+from portable.ops._sparse_selection.kmeans import kmeans as kmeans
+from portable.ops._sparse_selection.kmeans import kmeans_assign as kmeans_assign
+from portable.ops._sparse_selection.moba import moba_snr as moba_snr
+from portable.ops._sparse_selection.moba import select_moba as select_moba
 from portable.ops._ssd.api import ssd as ssd
 from portable.ops._ssd_step.api import ssd_step as ssd_step

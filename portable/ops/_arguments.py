@@ -55,6 +55,44 @@ def check_integer(op: str, **arrays) -> None:
             raise TypeError(f"{op}: {name} must be integers; got {x.dtype}.")
 
 
+def check_segments(op: str, segment_ids, sizes: dict[str, int]) -> tuple[Any, Any]:
+    """Returns the ids of queries [b, t] and of keys [b, s], from one array where t = s, a pair, or None.
+
+    Raises:
+      ValueError: they have another shape, or one array is given and t != s.
+      TypeError: they are not integers.
+    """
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if isinstance(segment_ids, tuple) and (len(pair) != 2 or any(x is None for x in pair)):
+        raise ValueError(f"{op}: segment_ids must be one array or a pair of arrays; got a tuple of {len(pair)}.")
+    if segment_ids is not None and not isinstance(segment_ids, tuple) and sizes["t"] != sizes["s"]:
+        raise ValueError(
+            f"{op}: segment_ids must be a pair ([b, t], [b, s]) where queries and keys are not the same positions; "
+            f"got one array, t={sizes['t']} and s={sizes['s']}."
+        )
+    check_shape(op, "segment_ids of queries", pair[0], "b t", sizes)
+    check_shape(op, "segment_ids of keys", pair[1], "b s", sizes)
+    check_integer(op, segment_ids=pair[0], kv_segments=pair[1])
+    return pair
+
+
+def check_positions(op: str, name: str, x, letter: str, sizes: dict[str, int]):
+    """Returns positions [b, letter] or [letter] as [b, letter] int32; None passes.
+
+    Raises:
+      ValueError: they have another shape.
+      TypeError: they are not integers.
+    """
+    check_array(op, **{name: x})
+    if x is None:
+        return None
+    if x.ndim not in (1, 2):
+        raise ValueError(f"{op}: {name} must be [b, {letter}] or [{letter}]; got shape {list(x.shape)}.")
+    check_shape(op, name, x, letter if x.ndim == 1 else f"b {letter}", sizes)
+    check_integer(op, **{name: x})
+    return jnp.broadcast_to(x, (sizes["b"], sizes[letter])).astype(jnp.int32)
+
+
 def accumulator(*arrays):
     """Returns the dtype of sums and states: float32, or float64 where an argument is float64."""
     return jnp.promote_types(jnp.float32, jnp.result_type(*[a.dtype for a in arrays if a is not None]))

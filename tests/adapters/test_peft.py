@@ -73,7 +73,9 @@ def test_every_kind_of_layer_equals_peft(method, tmp_path):
             )(slope)
         elif key != "magnitude":
             slope = slope.T
-        assert relative(found[f"{module}.adapters.{slot}.default.{key}"], slope) < 2.5 * BAR, name
+        # With rsLoRA's larger scale PEFT is itself 9e-7 from its own result in float64.
+        bar = (1 if method != "rslora" else 2) * BAR
+        assert relative(found[f"{module}.adapters.{slot}.default.{key}"], slope) < bar, name
         compared += 1
     assert compared == len(found)
 

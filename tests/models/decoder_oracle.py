@@ -48,6 +48,10 @@ LATENT = {
 }
 
 
+def _told(key: str, value: Any) -> str:
+    return f"rope {value['rope_type']}" if key == "rope_parameters" else f"{key}={value}"
+
+
 def _rope(kind: str, **options) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1000.0, **options}}
 
@@ -238,7 +242,7 @@ def table(cases: list[str]) -> str:
         got = generate(loaded(name), prompts, max_new_tokens=NEW_TOKENS).tokens
         equal = int((got == want).all(0).cumprod().sum())
         sizes = {**LATENT, **EXPERTS, **LOCAL}
-        told = ", ".join(f"{key}={value}" for key, value in options.items() if key not in sizes)
+        told = ", ".join(_told(key, value) for key, value in options.items() if key not in sizes)
         worst = max(gradients(name).values())
         rows.append(f"| {name} | {told} | {logits(name):.1e} | {worst:.1e} | {equal} of {NEW_TOKENS} |")
         sys.stderr.write(rows[-1] + "\n")

@@ -167,3 +167,14 @@ def test_refusals_of_the_norm():
         ops.dora_norm(w, a, b, shards=5)
     with pytest.raises(ValueError, match=r"dora_norm: b must be \[r, o\] with r=3"):
         ops.dora_norm(w, a, b[:2])
+
+
+def test_norms_by_blocks_of_rows_leave_no_row_out(monkeypatch):
+    from portable.ops._dora_norm import xla_blocks
+
+    _, w, a, b, _ = arrays(d=50, o=20, r=64)
+    monkeypatch.setattr(xla_blocks, "BLOCK", 4 * 20 * 8)  # six blocks of 8 rows, and two rows beside them
+    want = np.linalg.norm(np.asarray(w, float) + np.asarray(a, float) @ np.asarray(b, float), axis=0)
+    got = jax.jit(lambda *z: ops.dora_norm(*z, implementation="xla_blocks"))(w, a, b)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert "while" in jax.jit(lambda *z: ops.dora_norm(*z, implementation="xla_blocks")).lower(w, a, b).as_text()

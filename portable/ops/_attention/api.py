@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 from portable import selection
 from portable.ops._arguments import (
     accumulator,
-    check_array,
     check_float,
     check_groups,
-    check_integer,
+    check_positions,
+    check_segments,
     check_shape,
     vary_together,
 )
@@ -155,21 +155,10 @@ def prepare(
     check_groups(op, sizes["h"], sizes["g"], "k and v must be [b, s, g, ...]")
     check_shape(op, "sinks", sinks, "h", sizes)
     check_shape(op, "key_mask", key_mask, "b s", sizes)
-    q_segments, kv_segments = _pair(segment_ids)
-    if segment_ids is not None and not isinstance(segment_ids, tuple) and sizes["t"] != sizes["s"]:
-        raise ValueError(
-            f"{op}: segment_ids must be a pair ([b, t], [b, s]) where queries and keys are not the same positions; "
-            f"got one array, t={sizes['t']} and s={sizes['s']}."
-        )
-    check_shape(op, "segment_ids of queries", q_segments, "b t", sizes)
-    check_shape(op, "segment_ids of keys", kv_segments, "b s", sizes)
-    q_positions, kv_positions = (
-        _positions(op, name, x, letter, sizes)
-        for name, x, letter in (("q_positions", q_positions, "t"), ("kv_positions", kv_positions, "s"))
-    )
+    q_segments, kv_segments = check_segments(op, segment_ids, sizes)
+    q_positions = check_positions(op, "q_positions", q_positions, "t", sizes)
+    kv_positions = check_positions(op, "kv_positions", kv_positions, "s", sizes)
     check_float(op, q=q, k=k, v=v, sinks=sinks)
-    check_integer(op, segment_ids=q_segments, kv_segments=kv_segments)
-    check_integer(op, q_positions=q_positions, kv_positions=kv_positions)
     if key_mask is not None and key_mask.dtype != jnp.bool_:
         raise TypeError(f"{op}: key_mask must be booleans, True for keys that are seen; got {key_mask.dtype}.")
     left, right = _limits(op, window, is_causal)
@@ -183,34 +172,13 @@ def prepare(
     wide = accumulator(q, k, v, sinks)
     common = wide if wide == jnp.float64 else jnp.result_type(q, k, v)  # one argument in float64 takes all there
     given = (*(x.astype(common) for x in (q, k, v)), sinks, key_mask, q_segments, kv_segments)
-    positions = (None if x is None else x.astype(jnp.int32) for x in (q_positions, kv_positions))
-    given = vary_together(*given, *positions)
+    given = vary_together(*given, q_positions, kv_positions)
     mask, mask_arrays = trace(op, "mask_mod", mask_mod, given[0])
     score, score_arrays = trace(op, "score_mod", score_mod, given[0], score=wide)
     options: dict[str, Any] = {"left": left, "right": right, "mask_mod": mask, "score_mod": score}
     options["soft_cap"] = None if soft_cap is None else float(soft_cap)
     options["scale"] = float(max(1, sizes["k"]) ** -0.5 if scale is None else scale)
     return (*given, mask_arrays, score_arrays, None, None), options
-
-
-def _pair(segment_ids):
-    if not isinstance(segment_ids, tuple):
-        return segment_ids, segment_ids
-    if len(segment_ids) != 2 or any(x is None for x in segment_ids):
-        raise ValueError(
-            f"attention: segment_ids must be one array or a pair of arrays; got a tuple of {len(segment_ids)}."
-        )
-    return segment_ids
-
-
-def _positions(op, name, x, letter, sizes):
-    check_array(op, **{name: x})
-    if x is None:
-        return None
-    if x.ndim not in (1, 2):
-        raise ValueError(f"{op}: {name} must be [b, {letter}] or [{letter}]; got shape {list(x.shape)}.")
-    check_shape(op, name, x, letter if x.ndim == 1 else f"b {letter}", sizes)
-    return jnp.broadcast_to(x, (sizes["b"], sizes[letter]))
 
 
 def _limits(op: str, window: Any, is_causal: Any) -> tuple[int | None, int | None]:

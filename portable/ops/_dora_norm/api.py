@@ -20,10 +20,10 @@ def dora_norm(
 ) -> Float[Array, "*e o"]:
     """Returns the Euclidean norm of each column of w + scale * a @ b, one for each output channel.
 
-    Either the updated weight is formed (`xla_dense`), or the square is expanded (`xla_factored`),
-    ||w + s a b||^2 = ||w||^2 + 2 s <b, a^T w> + s^2 <b, (a^T a) b>, column by column, which needs memory for [r, o]
-    alone and never forms w's own part again where its `squares` are given. The expansion loses digits where the update
-    cancels the weight: its relative error is some 1e-7 * (||w|| / ||w + s a b||)^2.
+    Either the updated weight is formed (`xla_dense`; a block of rows at a time, `xla_blocks`), or the square is
+    expanded (`xla_factored`), ||w + s a b||^2 = ||w||^2 + 2 s <b, a^T w> + s^2 <b, (a^T a) b>, column by column, which
+    needs memory for [r, o] alone and never forms w's own part again where its `squares` are given. The expansion loses
+    digits where the update cancels the weight: its relative error is some 1e-7 * (||w|| / ||w + s a b||)^2.
 
     Operands meet in w's dtype, products of float32 at full precision; sums are float32 (float64 in float64).
     Differentiable in w, a and b, in reverse mode, with slope 0 where a norm is 0.
@@ -36,7 +36,8 @@ def dora_norm(
       shards: devices that d is cut over, for `xla_factored` under an automatic mesh: each then expands its own part,
         and the norms cost one all-reduce of [*e, o]. `xla_dense` costs that by itself.
       out_dtype: of the result; None takes float32 (float64 if an argument is).
-      implementation: "reference", "xla" (the platform's form), "xla_dense" (takes no squares) or "xla_factored".
+      implementation: "reference", "xla" (the platform's form), "xla_dense" (takes no squares), "xla_blocks" (ranks from
+        64 of one weight on one device) or "xla_factored".
 
     Returns:
       [*e, o] in out_dtype.

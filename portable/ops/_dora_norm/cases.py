@@ -31,6 +31,7 @@ STAGES = {
         "experts": _case(3, d=16, o=8, r=2, scale=2.0),
         "shards": _case(d=24, o=16, r=3, shards=4),
         "shards_of_experts": _case(2, d=8, o=16, r=3, shards=2, known=True),
+        "rank_of_blocks": _case(d=80, o=96, r=64, known=True, update=0.1),
         "bfloat16": _case(d=64, o=32, r=8, dtype=jnp.bfloat16, scale=2.0, out_dtype="bfloat16"),
         "float32_adapter": _case(d=64, o=32, r=8, dtype=jnp.bfloat16, adapter_dtype=jnp.float32),
     },

@@ -5,7 +5,7 @@ from portable.selection import Impl
 
 TILING = tiles.Tiling(
     # XLA:CPU's product has cliffs between these: 64 and 96 rows take as long as 128, 32 as long as 48.
-    sizes=(256, 128, 48, 24, 8, 1),
+    sizes=(512, 256, 128, 48, 24, 8, 1),
     buckets=(8, 24, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024),
     batched=100,
     guarded=True,

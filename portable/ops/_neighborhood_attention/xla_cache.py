@@ -7,5 +7,5 @@ scores of pairs that nobody sees cost as much as any.
 from portable.ops._neighborhood_attention.halo import form
 from portable.ops._neighborhood_attention.tables import Setting
 
-SETTING = Setting(rows=16, mask=1.1, tile=16 << 20, budget=2 << 20, unroll=32)
+SETTING = Setting(rows=16, mask=1.1, tile=16 << 20, budget=1 << 20, unroll=32)
 IMPL = form(SETTING)
