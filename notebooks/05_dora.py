@@ -80,7 +80,7 @@ kinds = {
     "DoRA": adapters.DoRAConfig(rank=rank, alpha=2 * rank, **where),
 }
 steps, length, batch_size = (8, 64, 2) if FAST else (160, 256, 4)
-stops = (steps // 2, steps) if FAST else (steps // 16, steps // 4, steps)
+stops = (steps,) if FAST else (steps // 16, steps // 4, steps)
 options = training.TrainOptions(
     steps=steps,
     batch_size=batch_size,

@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
     adapters.refresh(learned)
     after = training.bits_per_byte(learned, held).bits_per_byte
     console.print(
-        f"Bits per byte on a part of it that was held out, read as a whole: [red]{before:.3f}[/] before, [green]{after:.3f}[/] after "
-        f"{done.step} steps."
+        f"Bits per byte on a part of it that was held out, read as a whole: [red]{before:.3f}[/] before, "
+        f"[green]{after:.3f}[/] after {done.step} steps."
     )
     for prompt in list(prompts)[-1:]:
         _write(console, learned, prompt, "It continues the same words")
