@@ -67,7 +67,7 @@ def batch_of(rows):
     return jax.tree.map(lambda *x: np.stack(x), *(rows[i] for i in range(len(rows))))
 
 
-@pytest.mark.parametrize("kind", ["mamba2", "decoder", "window", "convolution"])
+@pytest.mark.parametrize("kind", ["mamba2", "decoder", "convolution", pytest.param("window", marks=pytest.mark.full)])
 def test_examples_of_a_row_do_not_see_each_other(kind):
     """Logits and losses of a packed row are those of each example alone, through attention, convolution and state."""
     made, _ = adapted(kind)
