@@ -21,9 +21,10 @@ from portable.checks import PortableError
 COMMANDS = {
     "info": "versions, devices, and which implementation each op gets here",
     "explain": "why an op runs the implementation it runs, on every platform",
-    "demo": "a small model writes text, then learns from a file of yours",
+    "demo": "a small model of code learns prose by DoRA, in a minute",
     "generate": "continue a prompt with a model from a folder or the hub",
     "train": "train a model on text or images; the same command continues",
+    "finetune": "train an adapter, such as DoRA; the same command continues",
     "convert": "read a checkpoint in one format and write it in another",
     "bench": "time ops and models on this machine",
     "plan": "what neighborhood attention will cost, and what a query sees",

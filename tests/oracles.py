@@ -19,6 +19,7 @@ EXTRAS = {
     "jax_plugins.xla_cuda12": "aot",
     "tokenizers": "hf",
     "huggingface_hub": "hf",
+    "jinja2": "hf",
     "grain": "train",
     "matplotlib": "train",
     "PIL": "train",

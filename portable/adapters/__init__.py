@@ -7,6 +7,8 @@ from portable.adapters.config import DoRAConfig as DoRAConfig
 from portable.adapters.config import ESFTConfig as ESFTConfig
 from portable.adapters.config import LoRAConfig as LoRAConfig
 from portable.adapters.config import S2FTConfig as S2FTConfig
+from portable.adapters.defaults import default_targets as default_targets
+from portable.adapters.defaults import expert_targets as expert_targets
 from portable.adapters.lora_plus import labels as labels
 from portable.adapters.lora_plus import lora_plus as lora_plus
 from portable.adapters.peft_files import load_peft as load_peft

@@ -40,7 +40,7 @@ def _download(hub_id: str) -> Path:
             "pip install 'portable-jax[hf]'."
         ) from fault
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", "*.json"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
     except (
         errors.HfHubHTTPError,
         errors.LocalEntryNotFoundError,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from portable.checks import ConfigError
+from portable.commands import _training
 from portable.training.options import TrainOptions
 
 DEFAULTS: dict[str, Any] = {"steps": 700, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.05}
@@ -62,8 +63,7 @@ def run(args: argparse.Namespace, options: TrainOptions) -> int:
     )
     folder = Path(args.out)
     if done.status != "finished":
-        show.note(f"{done.status} after step {done.step} of {options.steps}; the same command continues from there.")
-        return 130 if done.status == "stopped" else 0
+        return _training.left(done, options, show)
     held = ""
     if done.details is not None:
         held = f", held out {done.details.accuracy:.2%} right"

@@ -1,17 +1,33 @@
-"""`portable demo`: the embedded model writes, learns from a text for a minute, and writes again."""
+"""`portable demo`: the embedded model writes code, learns prose by DoRA for a minute, and writes again."""
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 
 from portable.checks import DataError
+from portable.training.options import TrainOptions
 
 EXAMPLES = """examples:
-  portable demo                             # learns from the reference manual inside Python
+  portable demo                             # from code to prose: the reference manual inside Python
   portable demo notes.txt                   # from a text of yours, or a folder of texts
   portable demo notes.txt --prompt "Dear "  # continues these words instead
 """
 
+RANK = 16
+OPTIONS = TrainOptions(
+    steps=60,
+    batch_size=4,
+    length=256,
+    learning_rate=1e-2,
+    warmup=5,
+    schedule="cosine",
+    weight_decay=0.0,
+    eval_every=0,
+    eval_bytes=16384,
+    log_every=5,
+    checkpoint_every=30,
+)
 # Less does not fill a window of training and leave something to hold out.
 _LEAST_BYTES = 2048
 CODE = "def read_lines(path):\n"
@@ -39,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import portable
-    from portable import models, training
+    from portable import adapters, models, training
     from portable.training.metrics import sample
+    from portable.training.tokens import ByteTokenizer
 
     console = Console(highlight=False)
     text = _text(args.text)
@@ -63,29 +80,24 @@ def run(args: argparse.Namespace) -> int:
 
     held = sample(text.held_out, 16384)
     before = training.bits_per_byte(model, held).bits_per_byte
-    console.rule("[bold]It learns", align="left")
+    console.rule("[bold]It learns by DoRA", align="left")
     console.print(text.summary(), markup=False)
-    options = training.TrainOptions(
-        steps=60,
-        batch_size=4,
-        length=256,
-        learning_rate=1e-3,
-        warmup=10,
-        schedule="cosine",
-        weight_decay=0.0,
-        eval_every=0,
-        eval_bytes=16384,
-        log_every=5,
-        checkpoint_every=30,
-    )
+    config = adapters.DoRAConfig(rank=RANK, alpha=2 * RANK, **adapters.default_targets(model, rank=RANK))
+    adapters.apply(model, config)
+    trained = sum(x.size for x in jax.tree.leaves(nnx.state(model, adapters.AdapterParam)))
+    console.print(f"Its weights stay as they are; {trained / size:.1%} as many more learn beside them.")
+    task = training.AdapterTask(training.text_examples(text, ByteTokenizer()), config, base=str(models.EMBEDDED))
     done = training.fit(
-        model, text, options, folder, reporter=training.reporter(), max_minutes=args.minutes, save_dtype="bfloat16"
+        model, task, OPTIONS, folder, reporter=training.reporter(), max_minutes=args.minutes, save_dtype=None
     )
     learned = done.model
+    if done.status != "finished":  # what there is can be used
+        task.save(learned, folder, None)
+    adapters.refresh(learned)
     after = training.bits_per_byte(learned, held).bits_per_byte
     console.print(
-        f"Bits per byte on a part of it that was held out: [red]{before:.3f}[/] before, [green]{after:.3f}[/] after "
-        f"{done.step} steps."
+        f"Bits per byte on a part of it that was held out, read as a whole: [red]{before:.3f}[/] before, "
+        f"[green]{after:.3f}[/] after {done.step} steps."
     )
     for prompt in list(prompts)[-1:]:
         _write(console, learned, prompt, "It continues the same words")
@@ -95,8 +107,14 @@ def run(args: argparse.Namespace) -> int:
     for op in portable.selection.ops():
         console.print(f"  {op:14}  implementation [cyan]{used[op]}[/]   (portable explain {op} says why)")
     console.print(f"  loss curve      {folder / 'loss.png'}", markup=False)
-    if done.status == "finished":
-        console.print(f"  model           portable generate {folder / 'model'} --prompt '...'", markup=False)
+    console.print(f"  adapter         {folder / 'adapter'}, as PEFT writes one", markup=False)
+    console.rule("[bold]Go on", align="left")
+    last = shlex.quote(list(prompts)[-1])
+    for line in (
+        f"portable generate default --adapter {folder / 'adapter'} --prompt {last} --temperature 0.6",
+        "portable finetune default YOUR_TEXT --out runs/mine        # longer, with any adapter, or another MODEL",
+    ):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
     return 0
 
 

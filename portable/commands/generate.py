@@ -5,13 +5,15 @@ import sys
 import time
 from typing import Any
 
-from portable.checks import ConfigError, DataError, PortableError
+from portable.checks import ConfigError, PortableError
+from portable.commands import _models
 
 EXAMPLES = """examples:
   portable generate runs/notes/model --prompt "Once upon a time"
   portable generate converted/mamba2-130m --prompt "Mamba is" --tokenizer tokenizer.json --dtype bfloat16
   portable generate MODEL --prompt "def " --temperature 0.8 --top-p 0.95 --seed 7
   portable generate MODEL --max-new-tokens 1000 --ignore-eos    # without a prompt: begins a document
+  portable generate default --adapter runs/notes/adapter --prompt "Dear "    # what portable finetune wrote, or PEFT
   cat notes.txt | portable generate MODEL --prompt - > more.txt
 
 A model reads bytes, unless there is a tokenizer.json in its folder or after --tokenizer. On a terminal the
@@ -25,10 +27,6 @@ _FILTERS = {
     "min_p": (float, "P", "sample from tokens at least P times as likely as the most likely one"),
     "repetition_penalty": (float, "X", "above 1: make tokens less likely that have occurred"),
 }
-# Vocabularies up to this size can be bytes and a few special tokens.
-_LARGEST_BYTE_VOCABULARY = 512
-
-
 # What a terminal would obey is shown instead: a model may write escape sequences.
 _VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n"} | dict.fromkeys(range(127, 160), 0xFFFD)
 
@@ -36,7 +34,8 @@ _VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n"} | dict.fro
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.epilog = EXAMPLES
-    parser.add_argument("model", metavar="MODEL", help="folder of safetensors, or owner/name on the hub")
+    parser.add_argument("model", metavar="MODEL", help=_models.HELP)
+    parser.add_argument("--adapter", metavar="FOLDER", help="use the model with this LoRA or DoRA, in PEFT's format")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue; - reads standard input")
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="tokens at most (default %(default)s)"
@@ -64,23 +63,19 @@ def run(args: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    from portable import checkpoint, models
+    from portable import adapters, models
     from portable.generation import generate
     from portable.generation.text import TextStream
-    from portable.training.tokens import load_tokenizer
 
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"--seed must be in 0..{2**32 - 1}; got {args.seed}.")
-    folder = checkpoint.locate(args.model)
-    file = args.tokenizer or folder / "tokenizer.json"
-    tokenizer = load_tokenizer(file if args.tokenizer or file.is_file() else None)
+    folder = _models.find(args.model)
     model = models.load(folder, args.dtype)
     size = model.config.vocab_size
-    if tokenizer.name == "bytes" and size > _LARGEST_BYTE_VOCABULARY:
-        raise DataError(
-            f"{folder} has no tokenizer.json, and its model's {size} tokens are not bytes; "
-            "give its tokenizer with --tokenizer tokenizer.json."
-        )
+    tokenizer = _models.tokenizer(folder, args.tokenizer, size)
+    if args.adapter:
+        adapters.load_peft(model, args.adapter)
+        adapters.refresh(model)
     prompt = _prompt(args.prompt)
     tokens = np.asarray(tokenizer.encode(prompt), np.int32)
     if not tokens.size:

@@ -2,13 +2,11 @@
 
 import argparse
 import dataclasses
-import glob
 from pathlib import Path
 
 from portable.checks import ConfigError
-from portable.commands import _train_images
+from portable.commands import _train_images, _training
 from portable.nn.stack import REMAT
-from portable.training.options import SCHEDULES, TrainOptions
 
 EXAMPLES = """examples:
   portable train notes.txt --out runs/notes                     # bytes, a small Mamba-2, 1000 steps
@@ -39,28 +37,6 @@ _MODELS = ("mamba2", "llama", "qwen3_moe")
 # What only text has, and only images: given to the other task, they are refused.
 _TEXT_ONLY = ("include", "exclude", "tokenizer", "length", "eval_bytes", "remat", "model", "bias_rate")
 _TEXT_ONLY += tuple(name[2:].replace("-", "_") for name, _, _ in _SIZES)
-
-_HELP = {
-    "steps": "optimizer steps of the whole run",
-    "batch_size": "windows or images a step",
-    "length": "tokens a window",
-    "accumulate": "microbatches a step is computed in, to save memory",
-    "learning_rate": "peak of the schedule",
-    "warmup": "steps of linear warm-up (default: a tenth of the steps, at most 100)",
-    "schedule": "decay of the learning rate",
-    "final_fraction": "learning rate at the end, as a fraction of the peak",
-    "weight_decay": "AdamW's, on matrices",
-    "beta1": "AdamW's",
-    "beta2": "AdamW's",
-    "epsilon": "AdamW's",
-    "bias_rate": "step of the biases that balance the loads of experts, 0 to leave them",
-    "clip": "bound on the global gradient norm, 0 for none",
-    "seed": "of the weights and of the order of the data",
-    "eval_every": "steps between held-out evaluations, 0 for one at the end",
-    "eval_bytes": "held-out bytes looked at each time",
-    "log_every": "steps between two looks at the losses",
-    "checkpoint_every": "steps between checkpoints",
-}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -97,18 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--remat", choices=REMAT, help="what the backward pass recomputes (default none)")
     model.add_argument("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the final weights")
     training = parser.add_argument_group("training")
-    for field in dataclasses.fields(TrainOptions):
-        default = "" if field.name == "warmup" else f" (default {field.default}"
-        if field.name in _train_images.DEFAULTS:
-            default += f"; images {_train_images.DEFAULTS[field.name]}"
-        training.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=type(field.default),
-            choices=SCHEDULES if field.name == "schedule" else None,
-            metavar=None if field.name == "schedule" else "N" if isinstance(field.default, int) else "X",
-            help=_HELP[field.name] + (default and default + ")"),
-        )
-    training.add_argument("--max-minutes", type=float, metavar="X", help="stop with a checkpoint after this time")
+    _training.add_options(training, {n: f"; images {v}" for n, v in _train_images.DEFAULTS.items()})
     parser.add_argument("--quiet", action="store_true", help="show nothing while training")
 
 
@@ -121,11 +86,11 @@ def run(args: argparse.Namespace) -> int:
     if given := ["--" + name.replace("_", "-") for name in foreign if _given(getattr(args, name))]:
         other = "image" if args.task == "text" else "text"
         raise ConfigError(f"--task {args.task} has no use for {', '.join(given)}: leave out what --task {other} takes.")
-    options = _options(args)
+    options = _training.options(args, {} if args.task == "text" else _train_images.DEFAULTS)
     if args.task == "image":
         return _train_images.run(args, options)
     tokenizer = training.load_tokenizer(args.tokenizer)
-    exclude = [*args.exclude, *_own_files(args.data, args.out)]
+    exclude = [*args.exclude, *_training.own_files(args.data, args.out)]
     text = training.read_text(args.data, include=args.include, exclude=exclude, hold_out=not args.no_held_out)
     model = _model(args, tokenizer, options.seed)
     show = reporter(args.quiet)
@@ -143,8 +108,7 @@ def run(args: argparse.Namespace) -> int:
     )
     folder = Path(args.out)
     if done.status != "finished":
-        show.note(f"{done.status} after step {done.step} of {options.steps}; the same command continues from there.")
-        return 130 if done.status == "stopped" else 0
+        return _training.left(done, options, show)
     held = f", held out {done.held_out:.3f} bits per byte" if done.held_out is not None else ""
     show.note(f"finished{held}; model in {folder / 'model'}, loss curve in {folder / 'loss.png'}")
     return 0
@@ -152,21 +116,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _given(value) -> bool:
     return value is not None and value is not False and value != []  # 0 is given too
-
-
-def _options(args: argparse.Namespace) -> TrainOptions:
-    values = {} if args.task == "text" else dict(_train_images.DEFAULTS)
-    for field in dataclasses.fields(TrainOptions):
-        if (value := getattr(args, field.name)) is not None:
-            values[field.name] = value
-    values.setdefault("warmup", min(100, values.get("steps", TrainOptions.steps) // 10))
-    return TrainOptions(**values)
-
-
-def _own_files(text: str, out: str) -> list[str]:
-    """Returns a glob for the run's folder where it lies inside the folder of the text: it grows with every step."""
-    folder, run = Path(text).resolve(), Path(out).resolve()
-    return [glob.escape(run.relative_to(folder).as_posix()) + "/*"] if folder in run.parents else []
 
 
 def _model(args: argparse.Namespace, tokenizer, seed: int):
@@ -185,7 +134,7 @@ def _model(args: argparse.Namespace, tokenizer, seed: int):
         config, make = loaded.config, type(loaded)
         if make not in {family.model for family in models.decoders().values()}:
             raise ConfigError(f"--init {args.init} is {make.__name__}, a model of images: give --task image.")
-        _check_vocabulary(f"--init {args.init}", config, tokenizer)
+        _training.check_vocabulary(f"--init {args.init}", config, tokenizer)
     elif args.model is not None and args.model not in _MODELS:
         if sized:
             raise ConfigError(f"a config.json brings its own sizes, got {', '.join(sized)} too: leave them out.")
@@ -197,14 +146,6 @@ def _model(args: argparse.Namespace, tokenizer, seed: int):
     if loaded is not None:
         nnx.update(model, nnx.state(loaded))
     return model
-
-
-def _check_vocabulary(what: str, config, tokenizer) -> None:
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"{what} knows {config.vocab_size} tokens, but {tokenizer.name} has {tokenizer.vocab_size}: give the "
-            "model's own --tokenizer."
-        )
 
 
 def _special(tokenizer) -> dict:
@@ -228,7 +169,7 @@ def _read_config(name: str, tokenizer):
         config = dataclasses.replace(family.config.from_dict(contents), **_special(tokenizer))
     except ConfigError as fault:
         raise ConfigError(f"{file}: {fault}") from fault
-    _check_vocabulary(str(file), config, tokenizer)
+    _training.check_vocabulary(str(file), config, tokenizer)
     return config, family.model
 
 

@@ -6,10 +6,16 @@
     images = read_images("folder")                  # a folder for each class, or read_digits()
     run = fit(model, ImageTask(images), TrainOptions(), "run")
 
+    examples = read_examples("lines.jsonl", tokenizer)    # or text_examples(text, tokenizer)
+    adapters.apply(model, config)
+    run = fit(model, AdapterTask(examples, config), TrainOptions(), "run")    # trains the adapter alone
+
 The parts are usable on their own: `Windows` and `Batches` (data), `make_step` (one compiled step),
 `bits_per_byte`, `classify`.
 """
 
+from portable.training.adapt import AdapterTask as AdapterTask
+from portable.training.chat import ChatTemplate as ChatTemplate
 from portable.training.classify import Classification as Classification
 from portable.training.classify import ImageBatches as ImageBatches
 from portable.training.classify import ImageOptions as ImageOptions
@@ -19,6 +25,10 @@ from portable.training.data import IGNORE as IGNORE
 from portable.training.data import Batches as Batches
 from portable.training.data import Windows as Windows
 from portable.training.data import pack as pack
+from portable.training.examples import Example as Example
+from portable.training.examples import Examples as Examples
+from portable.training.examples import read_examples as read_examples
+from portable.training.examples import text_examples as text_examples
 from portable.training.images import Images as Images
 from portable.training.images import ImageSet as ImageSet
 from portable.training.images import Preprocess as Preprocess
@@ -30,6 +40,8 @@ from portable.training.loop import fit as fit
 from portable.training.metrics import Score as Score
 from portable.training.metrics import bits_per_byte as bits_per_byte
 from portable.training.options import TrainOptions as TrainOptions
+from portable.training.packing import Rows as Rows
+from portable.training.packing import best_fit as best_fit
 from portable.training.plot import accuracy_curves as accuracy_curves
 from portable.training.plot import confusion_matrix as confusion_matrix
 from portable.training.plot import loss_curve as loss_curve

@@ -18,6 +18,7 @@ from portable.checks import ConfigError, DataError
 from portable.training.data import endless
 from portable.training.images import Images, ImageSet, Preprocess
 from portable.training.options import TrainOptions
+from portable.training.task import WholeModel, cast
 
 
 class ImageBatch(TypedDict):
@@ -65,7 +66,7 @@ def smoothed_cross_entropy(model: Any, batch: ImageBatch, label_smoothing: float
     return jnp.sum(optax.softmax_cross_entropy(logits, targets)), jnp.asarray(len(logits), jnp.int32)
 
 
-class ImageTask:
+class ImageTask(WholeModel):
     """The class of images, measured by accuracy.
 
     The model is called as `model(images, key=key) -> logits`.
@@ -108,10 +109,11 @@ class ImageTask:
         """Returns how the held-out images are classified."""
         return classify(model, self.images.held_out, self.images.preprocess) if len(self.images.held_out) else None
 
-    def save(self, model: nnx.Module, folder: Path) -> None:
-        """Writes the model, the classes' names in its config.json, and preprocessor_config.json."""
+    def save(self, model: nnx.Module, folder: Path, dtype: str | None) -> None:
+        """Writes model/ with the classes' names in its config.json, and preprocessor_config.json."""
         from portable import models
 
+        folder, model = folder / "model", cast(model, dtype)
         models.save(model, folder, format=model.config.formats[0])  # pyright: ignore[reportAttributeAccessIssue]
         text = json.dumps(self.images.preprocess.to_dict(), indent=2) + "\n"
         files.replace(folder / "preprocessor_config.json", text)

@@ -112,15 +112,24 @@ def endless(source: Any, seed: int) -> Any:
 
 
 class Batches:
-    """Shuffled batches without end: `batches[step]` depends on the windows, the seed and the step, and
-    nothing else.
+    """Shuffled batches without end: `batches[step]` depends on the source, the seed and the step, and nothing else.
 
     So a run resumes exactly from a step number alone. Every epoch is a new permutation; a batch may span two.
     """
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int):
-        self._dataset = endless(windows, seed).batch(batch_size)
+    def __init__(self, windows: Any, batch_size: int, seed: int, *, noise: bool = False):
+        """Args:
+        windows: `Windows`, or another source of `Batch` [t].
+        batch_size: windows a batch. seed: of the order.
+        noise: whether a batch has `noise` too, [b, 2] uint32 random bits of each window.
+        """
+        rows = endless(windows, seed)
+        self._dataset = (rows.random_map(_noisy) if noise else rows).batch(batch_size)
 
     def __getitem__(self, step: int) -> Batch:
         """Returns the batch of `step` (from 0): arrays [batch_size, t]."""
         return self._dataset[step]  # pyright: ignore[reportReturnType]
+
+
+def _noisy(row: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {**row, "noise": rng.integers(0, 2**32, 2, np.uint32)}

@@ -14,6 +14,7 @@ _OURS = {
     "log.jsonl.tmp",
     "checkpoints",
     "model",
+    "adapter",
     "loss.png",
     "curves.png",
     "confusion.png",

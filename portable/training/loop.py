@@ -41,7 +41,7 @@ class Run:
       loss: of the last step, nats a token or an image; None if this call made none.
       held_out: bits per byte of held-out text, or accuracy on held-out images, at the end, if there are any and the
         run finished.
-      folder: with config.json, log.jsonl, pictures of the curves, checkpoints/ and, when finished, model/.
+      folder: with config.json, log.jsonl, pictures of the curves, checkpoints/ and, when finished, model/ or adapter/.
       model: with the weights reached, layers as a list.
       details: of a finished run on images, the `Classification` of those held out.
     """
@@ -65,7 +65,7 @@ def fit(
     reporter: Silent | None = None,
     max_minutes: float | None = None,
     until: int | None = None,
-    save_dtype: str = "float32",
+    save_dtype: str | None = "float32",
 ) -> Run:
     """Trains a model on text or images, or continues the run in `folder` that the same arguments began.
 
@@ -75,14 +75,14 @@ def fit(
 
     Args:
       model: a language model with a list of layers, or what else the task trains; its weights are the starting point.
-      data: documents to train on and to hold out, or another task (`ImageTask`).
+      data: documents to train on and to hold out, or another task (`ImageTask`, `AdapterTask`).
       options: of the run.
       folder: of the run; new, empty, or the one of this very run.
       tokenizer: of text; the byte tokenizer by default.
       reporter: shows progress; nothing by default.
       max_minutes: stop with a checkpoint after this time.
       until: stop with a checkpoint after this step; the schedule is still that of all the steps.
-      save_dtype: of the weights in `folder/model` at the end.
+      save_dtype: of the weights in `folder/model` at the end; None keeps each as it is.
 
     Raises:
       CheckpointError: the folder is another run's, or a checkpoint cannot be written or read.
@@ -109,15 +109,16 @@ class _Loop:
     ):
         self.options, self.folder, self.task, self.reporter = options, folder, task, reporter
         self.batches = task.batches(options)
+        # Refused before the folder is this run's.
+        self.graphdef, params, biases, self.rest = parts(task.prepare(model), task.trained)
         for note in claim(folder, _description(model, task, options), _information()):
             reporter.note(note)
         self.lock = lock(folder)
-        self.graphdef, params, biases, self.rest = parts(task.prepare(model))
-        self.state = init_state(params, biases, options)
+        self.state = init_state(params, biases, options, task.optimizer(options))
         self.step = 0
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
 
-    def run(self, deadline: float, until: int, save_dtype: str) -> Run:
+    def run(self, deadline: float, until: int, save_dtype: str | None) -> Run:
         with contextlib.ExitStack() as cleanup:
             if self.lock is not None:
                 cleanup.enter_context(self.lock)
@@ -145,7 +146,9 @@ class _Loop:
 
     def _steps(self, checkpoints: TrainingCheckpoints, stop: "_Stop", deadline: float, until: int) -> str:
         options, first = self.options, self.step + 1
-        train = make_step(self.graphdef, self.rest, options, self.task.loss)
+        task = self.task
+        hooks = {"trained": task.trained, "refresh": task.refresh, "update": task.optimizer(options)}
+        train = make_step(self.graphdef, self.rest, options, task.loss, **hooks)
         self.clock = time.monotonic()
         for step in range(first, until + 1):
             self.state, metrics = train(self.state, self.batches[step - 1])
@@ -208,12 +211,12 @@ class _Loop:
         self.reporter.report(Report(self.step, self.options.steps, loss, bits, speed, left, held, self.task.unit))
         self.clock = time.monotonic()
 
-    def _end(self, status: str, save_dtype: str) -> Run:
+    def _end(self, status: str, save_dtype: str | None) -> Run:
         records = self.log.records
         model = unstack(self._model())
         held = details = None
         if status == "finished":
-            self.task.save(_cast(model, save_dtype), self.folder / "model")
+            self.task.save(model, self.folder, save_dtype)
             held = records[-1].get(self.task.measure) if records else None
             details = self.task.examine(model)
         self._plot(records, details)
@@ -274,8 +277,3 @@ def _fingerprint(model: nnx.Module) -> str:
 
 def _information() -> dict:
     return {"jax": jax.__version__, "platform": jax.default_backend()}
-
-
-def _cast(model: nnx.Module, dtype: str) -> nnx.Module:
-    graphdef, variables = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), variables))

@@ -1,5 +1,6 @@
 """One optimizer step: schedule, loss, accumulation, update, compiled as one program."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from portable import ops
+from portable import adapters, ops
+from portable.checks import ConfigError, DataError
 from portable.nn.moe import SelectionBias
 from portable.training.data import IGNORE
 from portable.training.options import TrainOptions
@@ -16,16 +18,18 @@ from portable.training.options import TrainOptions
 # Scales, offsets and the decay and step parameters of state-space layers: pulling them to zero means nothing.
 _NOT_DECAYED = {"scale", "bias", "A_log", "D", "dt_bias", "gamma1", "gamma2", "rel_pos_bias", "sinks"}
 _NOT_DECAYED |= {"gate_bias", "up_bias", "down_bias", "score_scale", "constants"}  # of experts
+_NOT_DECAYED |= {"magnitude"}  # of adapters
 
 
 class TrainState(NamedTuple):
     """Everything a step reads and writes.
 
     Attributes:
-      params: the model's trainable state, float32, layers stacked.
+      params: what is trained of the model, float32, layers stacked.
       optimizer: optax's state.
       step: [] int32, steps done.
-      biases: of the selection of experts (`portable.nn.SelectionBias`), which their loads move; empty without experts.
+      biases: of the selection of experts (`portable.nn.SelectionBias`), which their loads move; empty without experts,
+        and where only a part of the model is trained.
     """
 
     params: nnx.State
@@ -34,9 +38,14 @@ class TrainState(NamedTuple):
     biases: nnx.State
 
 
-def parts(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
-    """Returns (graphdef, params, biases, rest): a model's structure, what a step changes, and what it does not."""
-    graphdef, params, biases, rest = nnx.split(model, nnx.Param, SelectionBias, ...)
+def parts(model: nnx.Module, trained: Any = nnx.Param) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+    """Returns (graphdef, params, biases, rest): a model's structure, what a step changes, and what it does not.
+
+    Args:
+      model: any module. trained: the kind of variable that is trained; the biases of a part of a model stay.
+    """
+    moved = SelectionBias if trained is nnx.Param else nnx.Nothing()
+    graphdef, params, biases, rest = nnx.split(model, trained, moved, ...)
     return graphdef, params, biases, rest
 
 
@@ -68,17 +77,20 @@ def decayed(params: nnx.State) -> nnx.State:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def optimizer(options: TrainOptions) -> optax.GradientTransformation:
-    """Returns AdamW (Loshchilov & Hutter, arXiv:1711.05101) behind a clip of the global gradient norm."""
-    adamw = optax.adamw(
-        learning_rate(options),
-        b1=options.beta1,
-        b2=options.beta2,
-        eps=options.epsilon,
-        weight_decay=options.weight_decay,
-        mask=decayed,
-    )
-    return optax.chain(optax.clip_by_global_norm(options.clip), adamw) if options.clip else adamw
+def optimizer(options: TrainOptions, b_ratio: float | None = None) -> optax.GradientTransformation:
+    """Returns AdamW (Loshchilov & Hutter, arXiv:1711.05101) behind a clip of the global gradient norm.
+
+    Args:
+      options: of the run. b_ratio: of the learning rate of adapters' B to that of everything else (LoRA+).
+    """
+
+    def adamw(rate: Any) -> optax.GradientTransformation:
+        decay = {"weight_decay": options.weight_decay, "mask": decayed}
+        return optax.adamw(rate, b1=options.beta1, b2=options.beta2, eps=options.epsilon, **decay)
+
+    rate = learning_rate(options)
+    made = adamw(rate) if b_ratio is None else adapters.lora_plus(adamw, rate, ratio=b_ratio)
+    return optax.chain(optax.clip_by_global_norm(options.clip), made) if options.clip else made
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,7 +112,20 @@ def next_token(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     """Returns `cross_entropy` of a language model over a `Batch`, with what its routers ask to add for each target.
 
     The model is called as `model(tokens, segment_ids=segments)`, and with return_aux=True where its `routed` is true.
+
+    Raises:
+      DataError: the batch has no segments. ConfigError: the model takes none, so documents of a row would be one to it.
     """
+    if "segments" not in batch:
+        raise DataError(
+            "next_token: a batch must have segments, [b, t] integers that change where a document begins, or the "
+            f"documents of a row are one to the model; got {', '.join(batch)}. Zeros say that each row is one document."
+        )
+    if not takes_segments(model):
+        raise ConfigError(
+            f"next_token: {type(model).__name__} takes no segment_ids, so documents packed into one row would see each "
+            "other; give its __call__ that argument, or train on one document a row."
+        )
     if not getattr(model, "routed", False):
         return cross_entropy(model(batch["tokens"], segment_ids=batch["segments"]), batch["targets"])
     logits, aux = model(batch["tokens"], segment_ids=batch["segments"], return_aux=True)
@@ -108,10 +133,25 @@ def next_token(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     return nats + aux * targets, targets
 
 
-def init_state(params: nnx.State, biases: nnx.State, options: TrainOptions) -> TrainState:
-    """Returns the state before the first step: float32 copies of what `parts` gives, which a step may donate."""
+def takes_segments(model: Any) -> bool:
+    """Returns whether a model can be called with segment_ids."""
+    found = inspect.signature(type(model).__call__).parameters
+    return "segment_ids" in found or any(p.kind is p.VAR_KEYWORD for p in found.values())
+
+
+def init_state(
+    params: nnx.State,
+    biases: nnx.State,
+    options: TrainOptions,
+    update: optax.GradientTransformation | None = None,
+) -> TrainState:
+    """Returns the state before the first step: float32 copies of what `parts` gives, which a step may donate.
+
+    Args:
+      params, biases: from `parts`. options: of the run. update: the optimizer; `optimizer(options)` by default.
+    """
     params, biases = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), (params, biases))
-    return TrainState(params, optimizer(options).init(params), jnp.zeros((), jnp.int32), biases)
+    return TrainState(params, (update or optimizer(options)).init(params), jnp.zeros((), jnp.int32), biases)
 
 
 def make_step(
@@ -119,6 +159,10 @@ def make_step(
     rest: nnx.State,
     options: TrainOptions,
     loss: Callable[[Any, Any], tuple[jax.Array, jax.Array]] = next_token,
+    *,
+    trained: Any = nnx.Param,
+    refresh: Callable[[Any], None] | None = None,
+    update: optax.GradientTransformation | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the compiled step `(state, batch) -> (state, metrics)`; the state given is donated.
 
@@ -129,33 +173,38 @@ def make_step(
       graphdef, rest: the model's structure and untrained variables, from `parts`.
       options: the run's options.
       loss: (model, batch) -> (sum in nats [] float32, targets [] int32); a batch is a tree of arrays of b rows.
+      trained: the kind of variable that `parts` was told.
+      refresh: called with the model once a step, before the microbatches, to change what is not trained in place, such
+        as the norms of `portable.adapters.refresh`.
+      update: the optimizer; `optimizer(options)` by default.
 
     Metrics, each [] : loss (nats a target, float32), gradient_norm (before clipping), learning_rate, targets
     (int32).
     """
-    update = optimizer(options)
+    transform = update or optimizer(options)
     schedule = learning_rate(options)
 
-    def loss_sum(trained, micro):
-        return loss(nnx.merge(graphdef, *trained, rest), micro)
-
-    gradient = jax.value_and_grad(loss_sum, has_aux=True)
-
-    def whole(trained, batch):
+    def whole(graphdef, moved, rest, batch):
+        gradient = jax.value_and_grad(lambda moved, micro: loss(nnx.merge(graphdef, *moved, rest), micro), has_aux=True)
         if options.accumulate == 1:
-            return gradient(trained, batch)
+            return gradient(moved, batch)
         micros = jax.tree.map(lambda x: x.reshape(options.accumulate, -1, *x.shape[1:]), batch)
 
         def body(total, micro):
-            return jax.tree.map(jnp.add, total, gradient(trained, micro)), None
+            return jax.tree.map(jnp.add, total, gradient(moved, micro)), None
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trained, batch))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, moved, batch))
         return jax.lax.scan(body, zeros, micros)[0]
 
-    def step(state: TrainState, batch: Any):
-        (total, targets), (gradients, loads) = whole((state.params, state.biases), batch)
+    def step(state: TrainState, rest: nnx.State, batch: Any):
+        graph = graphdef
+        if refresh is not None:
+            model = nnx.merge(graphdef, state.params, state.biases, rest)
+            refresh(model)
+            graph, _, _, rest = parts(model, trained)
+        (total, targets), (gradients, loads) = whole(graph, (state.params, state.biases), rest, batch)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(targets, 1), gradients)
-        updates, opt_state = update.update(gradients, state.optimizer, state.params)
+        updates, opt_state = transform.update(gradients, state.optimizer, state.params)
         metrics = {
             "loss": total / jnp.maximum(targets, 1),
             "gradient_norm": optax.tree.norm(gradients),
@@ -166,4 +215,6 @@ def make_step(
         params: Any = optax.apply_updates(state.params, updates)  # pyright: ignore[reportArgumentType]
         return TrainState(params, opt_state, state.step + 1, biases), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    # What is not trained is an argument: a program that held it as constants would have the model's size.
+    compiled = jax.jit(step, donate_argnums=0)
+    return lambda state, batch: compiled(state, rest, batch)

@@ -2,18 +2,19 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import jax
+import optax
 from flax import nnx
 
 from portable.nn import stack
 from portable.training.data import Batches, Windows, pack
 from portable.training.metrics import bits_per_byte, sample
 from portable.training.options import TrainOptions
-from portable.training.step import next_token
+from portable.training.step import next_token, optimizer
 from portable.training.text import Text
 from portable.training.tokens import ByteTokenizer, Tokenizer
 
@@ -25,12 +26,15 @@ class Task(Protocol):
       unit: what targets are, for the speed: "tokens", "images".
       measure: the entry of `evaluate` that says how good the model is.
       unused: training options without a meaning here, kept out of the run's description.
+      trained: the kind of variable that is trained. refresh: called with the model once a step; see `make_step`.
       bits_per_nat: factor from the loss to bits per byte; None where there is no text.
     """
 
     unit: ClassVar[str]
     measure: ClassVar[str]
     unused: ClassVar[Sequence[str]]
+    trained: ClassVar[Any]
+    refresh: ClassVar[Callable[[Any], None] | None]
 
     @property
     def bits_per_nat(self) -> float | None:
@@ -49,6 +53,10 @@ class Task(Protocol):
         """Returns the model in the form in which it is trained."""
         ...
 
+    def optimizer(self, options: TrainOptions) -> optax.GradientTransformation:
+        """Returns what makes steps of gradients."""
+        ...
+
     def loss(self, model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Returns the batch's (sum of losses in nats [] float32, number of targets [] int32)."""
         ...
@@ -61,8 +69,8 @@ class Task(Protocol):
         """Returns what else is to be known of a finished model, for `draw` and `Run.details`."""
         ...
 
-    def save(self, model: nnx.Module, folder: Path) -> None:
-        """Writes the model with what it needs to be used."""
+    def save(self, model: nnx.Module, folder: Path, dtype: str | None) -> None:
+        """Writes what was learned into the run's folder, with what it needs to be used."""
         ...
 
     def draw(self, records: Sequence[dict], details: Any, folder: Path, steps: int) -> None:
@@ -70,7 +78,26 @@ class Task(Protocol):
         ...
 
 
-class TextTask:
+class WholeModel:
+    """What tasks share that train all of a model."""
+
+    trained: ClassVar[Any] = nnx.Param
+    refresh: ClassVar[Callable[[Any], None] | None] = None
+
+    def optimizer(self, options: TrainOptions) -> optax.GradientTransformation:
+        """Returns AdamW."""
+        return optimizer(options)
+
+
+def cast(model: nnx.Module, dtype: str | None) -> nnx.Module:
+    """Returns the model with all variables in a dtype, or as it is."""
+    if dtype is None:
+        return model
+    graphdef, variables = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), variables))
+
+
+class TextTask(WholeModel):
     """The next token of documents, measured in bits per byte."""
 
     unit: ClassVar[str] = "tokens"
@@ -110,13 +137,13 @@ class TextTask:
     def examine(self, model: nnx.Module) -> None:
         """Nothing."""
 
-    def save(self, model: nnx.Module, folder: Path) -> None:
-        """Writes the model, and the tokenizer's file where there is one."""
+    def save(self, model: nnx.Module, folder: Path, dtype: str | None) -> None:
+        """Writes model/, with the tokenizer's file where there is one."""
         from portable import models
 
-        models.save(model, folder)
+        models.save(cast(model, dtype), folder / "model")
         if source := getattr(self.tokenizer, "path", None):
-            shutil.copyfile(source, folder / "tokenizer.json")
+            shutil.copyfile(source, folder / "model" / "tokenizer.json")
 
     def draw(self, records: Sequence[dict], details: Any, folder: Path, steps: int) -> None:
         """Draws loss.png."""

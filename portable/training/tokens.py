@@ -21,6 +21,9 @@ class Tokenizer(Protocol):
       vocab_size: number of ids, separator included.
       separator: id that stands before every document and, read as a target, ends it. `encode` never returns
         it.
+
+    `encode_chat` takes the text of a chat template, in which special tokens are written out, and returns ids [n] and
+    where in the text each begins, in characters [n].
     """
 
     name: str
@@ -30,6 +33,8 @@ class Tokenizer(Protocol):
     def encode(self, data: bytes) -> np.ndarray: ...
 
     def decode(self, ids: np.ndarray) -> bytes: ...
+
+    def encode_chat(self, text: str) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class ByteTokenizer:
@@ -51,6 +56,11 @@ class ByteTokenizer:
                 f"{len(data)}: convert UTF-16 to UTF-8 and leave binary files out."
             )
         return np.frombuffer(data, np.uint8)
+
+    def encode_chat(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the bytes of `text`, and the character that each is of, int64; there are no special tokens."""
+        sizes = [len(c.encode("utf-8", "replace")) for c in text]
+        return self.encode(text.encode("utf-8", "replace")), np.repeat(np.arange(len(text)), sizes)
 
     def decode(self, ids: np.ndarray) -> bytes:
         """Returns the bytes for `ids` [n], separators left out."""
@@ -97,6 +107,15 @@ class FileTokenizer:
         """Returns the token ids of `data` as int32 [n]."""
         text = data.decode("utf-8", errors="replace")
         return np.asarray(self._engine.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_chat(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the token ids of `text` as int32 [n], special tokens read as such, and where each begins [n]."""
+        self._engine.encode_special_tokens = False
+        try:
+            found = self._engine.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
+        finally:
+            self._engine.encode_special_tokens = True
+        return np.asarray(found.ids, np.int32), np.asarray([first for first, _ in found.offsets], np.int64)
 
     def decode(self, ids: np.ndarray) -> bytes:
         """Returns the text of `ids` [n] as UTF-8, separators left out."""

@@ -93,10 +93,10 @@ def test_a_run_leaves_a_folder_with_everything(whole):
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def kill_when(text: Path, out: Path, moment) -> str:
+def kill_when(arguments: list[str], moment) -> str:
     """Starts the command in a child and kills it once `moment()` is true; returns what it printed."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "portable", *command(text, out)],
+        [sys.executable, "-m", "portable", *arguments],
         # A killed process can leave half an entry: not in the cache that the other tests share.
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-killed")},
         stdout=subprocess.PIPE,
@@ -128,8 +128,8 @@ def test_a_killed_run_ends_with_the_same_losses_bit_for_bit(text, whole, tmp_pat
     out = tmp_path / "run"
     step = random.randrange(1, 12)
     print("first kill after step", step)
-    kill_when(text, out, at_step(out, step))
-    kill_when(text, out, in_a_checkpoint_write(out, 15))
+    kill_when(command(text, out), at_step(out, step))
+    kill_when(command(text, out), in_a_checkpoint_write(out, 15))
     done = [r["step"] for r in read_log(out / "log.jsonl")]
     assert 0 < len(done) < STEPS
     assert main(command(text, out)) == 0
@@ -146,7 +146,7 @@ def test_many_kills(text, whole, tmp_path):
         done = len(read_log(out / "log.jsonl"))
         after = min(done + rng.randrange(0, 5), STEPS - 2)
         moment = rng.choice([at_step(out, after), in_a_checkpoint_write(out, min(after, STEPS - 6))])
-        kill_when(text, out, moment)
+        kill_when(command(text, out), moment)
     assert main(command(text, out)) == 0
     assert losses(out) == losses(whole)
 
