@@ -18,6 +18,7 @@ from portable.adapters.surgery import active as active
 from portable.adapters.surgery import adapter_names as adapter_names
 from portable.adapters.surgery import apply as apply
 from portable.adapters.surgery import disable as disable
+from portable.adapters.surgery import forget as forget
 from portable.adapters.surgery import merge as merge
 from portable.adapters.surgery import refresh as refresh
 from portable.adapters.surgery import remove as remove

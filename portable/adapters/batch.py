@@ -91,7 +91,7 @@ def _stacked(path: str, layer: Any, slot: str, known: list[str], stacked: bool) 
         ones = jnp.ones((*lead, o), jnp.float32)
         m = n = ones
         if adapter is not None and adapter.magnitude is not None:
-            m, n = value(adapter.magnitude), value(adapter.norms) if adapter.norms is not None else adapter.norm(w)
+            m, n = value(adapter.magnitude), adapter.norm(w)
         each.append((a, b, m, n))
     a, b, m, n = (jnp.stack(arrays, axis=int(stacked)) for arrays in zip(*each, strict=True))
     config = next((x.config for x in real if x.magnitude is not None), real[0].config)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -35,11 +36,14 @@ class Chosen(nnx.Module):
     def updated(self, w):
         """Returns the weight [*e, d, o] with the change, in float32 or wider."""
         wide = jnp.promote_types(jnp.float32, w.dtype)
-        axis, w, delta = self.axis, w.astype(wide), value(self.delta).astype(wide)
         index = value(self.index)
-        index = index.reshape(*index.shape[:-1], *[1] * (w.ndim - index.ndim - (-1 - axis)), -1, *[1] * (-1 - axis))
-        index = jnp.broadcast_to(index, delta.shape)
-        return jnp.put_along_axis(w, index, delta + jnp.take_along_axis(w, index, axis=axis), axis=axis, inplace=False)
+
+        def add(w, index, delta):
+            return w.at[..., index].add(delta) if self.axis == -1 else w.at[index].add(delta)
+
+        for _ in range(index.ndim - 1):  # separate weights
+            add = jax.vmap(add)
+        return add(w.astype(wide), index, value(self.delta).astype(wide))
 
     def linear(self, x, w, bias=None, *, ids=None, group_sizes=None, out_dtype=None):
         """Returns the output of the layer with this change; w is [d, o]."""

@@ -1,6 +1,7 @@
 """What is adapted and how, in PEFT's vocabulary: LoRA, rsLoRA, DoRA, S2FT and ESFT as configurations of one thing."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -88,13 +89,18 @@ class LoRAConfig(AdapterConfig):
         for field in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, field)
             pairs = tuple(value.items() if isinstance(value, Mapping) else value or ())
+            if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+                raise ConfigError(f"{name}: {field} must be {{name: number}}; got {value!r}.")
             for pattern, _ in pairs:
                 _check_pattern(name, field, pattern)
             object.__setattr__(self, field, pairs)
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
-            if not isinstance(rank, int) or rank < 1:
+            if not _is(rank, int) or rank < 1:
                 raise ConfigError(f"{name}: a rank must be a positive integer; got {rank!r}.")
-        if not 0 <= self.dropout < 1:
+        for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
+            if not _is(alpha, int, float) or not math.isfinite(alpha):
+                raise ConfigError(f"{name}: an alpha must be a finite number; got {alpha!r}.")
+        if not _is(self.dropout, int, float) or not 0 <= self.dropout < 1:
             raise ConfigError(f"{name}: dropout must lie in [0, 1); got {self.dropout}.")
         for field, known in (("dropout_mode", DROPOUTS), ("init", INITS)):
             if getattr(self, field) not in known:
@@ -143,7 +149,7 @@ class S2FTConfig(AdapterConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.channels < 1:
+        if not _is(self.channels, int) or self.channels < 1:
             raise ConfigError(f"S2FTConfig: channels must be a positive integer; got {self.channels!r}.")
         if self.side not in ("in", "out"):
             raise ConfigError(f"S2FTConfig: side must be in or out; got {self.side!r}.")
@@ -162,18 +168,24 @@ class ESFTConfig(AdapterConfig):
     def __post_init__(self):
         super().__post_init__()
         given = self.experts
+        if isinstance(given, str) or not isinstance(given, Mapping | Sequence):
+            raise ConfigError(f"ESFTConfig: experts must be numbers, or {{name: numbers}}; got {given!r}.")
         pairs = (
             tuple((p, tuple(e)) for p, e in given.items()) if isinstance(given, Mapping) else ((".*", tuple(given)),)
         )
         for pattern, numbers in pairs:
             _check_pattern("ESFTConfig", "experts", pattern)
-            if not numbers or len(set(numbers)) < len(numbers) or any(n < 0 for n in numbers):
+            if not numbers or len(set(numbers)) < len(numbers) or any(not _is(n, int) or n < 0 for n in numbers):
                 raise ConfigError(f"ESFTConfig: experts must be distinct numbers, at least one; got {list(numbers)}.")
         object.__setattr__(self, "experts", pairs)
 
     def experts_of(self, *names: str) -> tuple[int, ...]:
         """Returns the experts of a layer by its names; none where no expression matches."""
         return _of_pattern(self.experts, names, ())
+
+
+def _is(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def ends(pattern: str, name: str) -> bool:

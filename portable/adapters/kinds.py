@@ -57,7 +57,9 @@ class Adapted:
                 f"{self.base.__name__}: this model reads the kernel itself, which is not one where rows have adapters "
                 "of their own; use one adapter for the batch."
             )
-        return self.kind.unflat(self, slot, found.updated(self.kind.matrix(self, slot))).astype(param.get_value().dtype)
+        return self.kind.unflat(self, slot, found.updated(self.kind.matrix(self, slot), cached=True)).astype(
+            param.get_value().dtype
+        )
 
     def linear(self, x, w, bias, **options):
         """Returns the product of x with w and the active adapter; ids where rows have their own."""
@@ -111,7 +113,18 @@ def _precision(layer: Any):
         yield
 
 
+def _other_product(layer: Any) -> str | None:
+    """Says that a layer multiplies by a function of its own, which an adapter would leave out; or None."""
+    own = getattr(layer, "dot_general", None)
+    if own in (None, jax.lax.dot_general, nn.dot_general) and getattr(layer, "dot_general_cls", None) is None:
+        return None
+    return f"it multiplies by a dot_general of its own, {getattr(own, '__name__', own)}"
+
+
 class _Linear(Kind):
+    def refuses(self, layer: Any, config: Any) -> str | None:
+        return _other_product(layer)
+
     def call(self, layer: Any, inputs, out_sharding=None):
         """`nnx.Linear.__call__` with an adapter."""
         del out_sharding
@@ -140,6 +153,8 @@ class _Einsum(Kind):
         return each, summed, [c for c in kernel if c in y and c not in x]
 
     def refuses(self, layer: Any, config: Any) -> str | None:
+        if why := _other_product(layer):
+            return why
         x, kernel, y = self._parts(layer)
         each, summed, out = self._letters(layer)
         if len(each + summed + out) < len(kernel) or "..." in kernel or not summed or not out:

@@ -57,25 +57,28 @@ class LowRank(nnx.Module):
         if self.magnitude is None:
             return None
         n: Any = self.norm(w) if self.norms is None else value(self.norms)
+        return self._gain(n)
+
+    def _gain(self, n):
         n = jax.lax.stop_gradient(n) if self.detached else n
-        return jnp.where(n > 0, value(self.magnitude) / jnp.where(n > 0, n, 1), 0)
+        positive = ~(n <= 0)  # a NaN is not hidden
+        return jnp.where(positive, value(self.magnitude).astype(n.dtype) / jnp.where(positive, n, 1), 0)
 
     @property
     def detached(self) -> bool:
         """Whether the norm is a constant in gradients."""
         return not isinstance(self.config, DoRAConfig) or self.config.detach
 
-    def updated(self, w):
-        """Returns the weight [*e, d, o] with the update, in float32 or wider."""
+    def updated(self, w, *, cached: bool = False):
+        """Returns the weight [*e, d, o] with the update, in float32 or wider; `cached` takes norms that are kept."""
         wide = jnp.promote_types(jnp.float32, w.dtype)
         a, b = (value(v).astype(wide) for v in (self.a, self.b))
         w = w.astype(wide) + self.scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         if self.magnitude is None:
             return w
         # Of this very sum: what is merged has the magnitudes as its norms, to the last digit.
-        n = value(self.norms) if self.norms is not None else jnp.sqrt(jnp.sum(w * w, axis=-2))
-        n = jax.lax.stop_gradient(n) if self.detached else n
-        return jnp.where(n > 0, value(self.magnitude).astype(wide) / jnp.where(n > 0, n, 1), 0)[..., None, :] * w
+        n = value(self.norms) if cached and self.norms is not None else jnp.sqrt(jnp.sum(w * w, axis=-2))
+        return self._gain(n.astype(wide))[..., None, :] * w
 
     def linear(self, x, w, bias=None, *, ids=None, group_sizes=None, out_dtype=None, key: Any = None):
         """Returns the adapted layer's output, `portable.ops.dora_linear` or `lora_linear` with this adapter."""

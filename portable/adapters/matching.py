@@ -9,7 +9,7 @@ from flax import nnx
 
 from portable import nn
 from portable.adapters.config import AdapterConfig
-from portable.adapters.kinds import Kind, kind_of
+from portable.adapters.kinds import Adapted, Kind, kind_of
 
 
 class Target(NamedTuple):
@@ -30,12 +30,18 @@ class Target(NamedTuple):
 
 def modules(model: nnx.Module) -> Iterator[tuple[tuple, Any, bool]]:
     """Yields (path, module, whether it is in an `nn.Stack`), in the order of paths, without what adapters hold."""
-    found = [
-        (path, m) for path, m in nnx.iter_modules(model) if not {"adapters", "bank", "saved"} & set(map(str, path))
-    ]
+    every = list(nnx.iter_modules(model))
+    held = {(*path, field) for path, m in every for field in _held(m)}
+    found = [(path, m) for path, m in every if not any(path[:n] in held for n in range(1, len(path) + 1))]
     stacks = [path for path, m in found if isinstance(m, nn.Stack)]
     for path, module in sorted(found, key=lambda item: [(isinstance(p, str), p) for p in item[0]]):
         yield path, module, any(path[: len(s)] == s for s in stacks)
+
+
+def _held(module: Any) -> tuple[str, ...]:
+    """Returns the attributes of a module that are an adapter's."""
+    adapted = ("adapters", "bank") if isinstance(module, Adapted) else ()
+    return (*adapted, "saved") if hasattr(module, "saved_name") else adapted
 
 
 def matrix_sizes(layer: Any) -> tuple[int, int]:

@@ -25,6 +25,13 @@ _IGNORED = {"base_model_name_or_path", "revision", "task_type", "inference_mode"
 _IGNORED |= {"megatron_core", "qalora_group_size", "runtime_config", "eva_config", "lora_dropout", "use_dora"}
 _IGNORED |= {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"}
 _IGNORED |= {"modules_to_save", "layers_to_transform", "layers_pattern"}
+_TYPES = (
+    ("lora_alpha", int | float | None, "a number"),
+    ("lora_dropout", int | float | None, "a number"),
+    ("rank_pattern", dict | None, "an object"),
+    ("alpha_pattern", dict | None, "an object"),
+    ("target_modules", list | str | None, "a list or an expression"),
+)
 
 
 def from_peft(given: Mapping[str, Any], source: str = "adapter_config.json") -> LoRAConfig:
@@ -45,9 +52,12 @@ def from_peft(given: Mapping[str, Any], source: str = "adapter_config.json") -> 
         raise ConfigError(f"{source} must hold r, the rank; it has {', '.join(sorted(given)) or 'nothing'}.")
     kind = DoRAConfig if given.get("use_dora") else LoRAConfig
     targets = given.get("target_modules")
+    for name, types, what in _TYPES:
+        if not isinstance(given.get(name, None), types):
+            raise ConfigError(f"{source}: {name} must be {what}; got {given[name]!r}.")
     return kind(
         rank=given["r"],
-        alpha=given.get("lora_alpha", 8),
+        alpha=8 if given.get("lora_alpha") is None else given["lora_alpha"],
         rslora=bool(given.get("use_rslora")),
         dropout=given.get("lora_dropout") or 0.0,
         rank_pattern=given.get("rank_pattern") or {},

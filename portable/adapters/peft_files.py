@@ -12,14 +12,14 @@ from flax import nnx
 
 from portable import nn
 from portable.adapters import names
-from portable.adapters.config import DoRAConfig, LoRAConfig
+from portable.adapters.config import DoRAConfig, LoRAConfig, ends
 from portable.adapters.kinds import Adapted, is_low_rank
 from portable.adapters.low_rank import LowRank, value
 from portable.adapters.matching import Target, candidates
 from portable.adapters.peft_config import from_peft, to_peft
 from portable.adapters.peft_whole import PREFIX, read_whole, set_whole, write_saved
 from portable.adapters.saved import save_modules, saved_weights
-from portable.adapters.surgery import activate, active, attach, check_name, low_rank, unstacked
+from portable.adapters.surgery import activate, active, adapted_layers, attach, check_name, low_rank, unstacked
 from portable.checkpoint import Checkpoint, WeightMap, locate, read_json
 from portable.checkpoint.weight_map import Block, Tensor
 from portable.checks import CheckpointError, ConfigError
@@ -69,6 +69,10 @@ def save_peft(
       CheckpointError: the folder cannot be written.
     """
     name = active(model) if name is None else name
+    if name is None:
+        raise ValueError("save_peft: the model has no active adapter; activate one, or give its name.")
+    if any(layer.bank is not None for _, layer, _ in adapted_layers(model)):
+        raise ValueError("save_peft: rows of this view have adapters of their own; save the model it was made of.")
     with unstacked(model):
         modules = _modules(model, weight_map)
         adapters = {
@@ -101,13 +105,12 @@ def save_peft(
                 rank, scale = _write(tensors, module, parts, own)
                 targets.append(module)
                 alpha = scale * (rank**0.5 if config.rslora else rank)
-                if rank != config.rank:
-                    ranks[re.escape(module)] = rank
-                if abs(alpha - config.alpha) > 1e-9 * abs(config.alpha):
-                    alphas[re.escape(module)] = alpha
+                same = abs(alpha - config.alpha) <= 1e-9 * abs(config.alpha)
+                ranks[module], alphas[module] = rank, config.alpha if same else alpha
         saved = saved_weights(model, name)  # pyright: ignore[reportArgumentType]
         owners = write_saved(tensors, model, saved, weight_map)
-    content = to_peft(config, targets, ranks, alphas, owners, base_model)
+    patterns = _patterns(ranks, config.rank), _patterns(alphas, config.alpha)
+    content = to_peft(config, targets, *patterns, owners, base_model)
     folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +160,7 @@ def load_peft(
         made: list[tuple[Target, LowRank]] = []
         for module, factors in found.items():
             if module in modules:
-                problems += _fit(module, modules[module], factors, isinstance(config, DoRAConfig))
+                problems += _fit(module, modules[module], factors, config)
         values, misfits = read_whole(model, whole, config.modules_to_save or (), weight_map)
         problems += misfits
         if problems or not found:
@@ -172,6 +175,16 @@ def load_peft(
         activate(model, name)
         set_whole(model, values)
     return [target.names[0] for target, _ in made]
+
+
+def _patterns(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """Returns the entries of a pattern: what is not the default, and the modules that such an entry would match too.
+
+    The first entry that ends a name counts, so longer names come first.
+    """
+    other = {module: x for module, x in values.items() if x != default}
+    other |= {m: x for m, x in values.items() if any(ends(re.escape(entry), m) for entry in other)}
+    return {re.escape(module): other[module] for module in sorted(other, key=len, reverse=True)}
 
 
 def _modules(model: nnx.Module, weight_map: WeightMap | None) -> dict[str, list[_Part]]:
@@ -271,9 +284,9 @@ def _sorted(tensors: dict[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndar
     return found, whole
 
 
-def _fit(module: str, parts: list[_Part], factors: dict[str, np.ndarray], dora: bool) -> list[str]:
+def _fit(module: str, parts: list[_Part], factors: dict[str, np.ndarray], config: LoRAConfig) -> list[str]:
     """Returns a line for everything about a module's factors that does not fit."""
-    wanted = {"a", "b", "m"} if dora else {"a", "b"}
+    wanted = {"a", "b", "m"} if isinstance(config, DoRAConfig) else {"a", "b"}
     if wanted != factors.keys():
         listed = {"a": "lora_A", "b": "lora_B", "m": "lora_magnitude_vector"}
         missing = [listed[k] for k in sorted(wanted - factors.keys())] or ["nothing"]
@@ -296,6 +309,8 @@ def _fit(module: str, parts: list[_Part], factors: dict[str, np.ndarray], dora: 
     most = min(shape[0], int(np.prod(shape[1:])))
     if rank < 1 or rank > most:
         lines.append(f"  wrong rank  {module}: expected 1 to {most}, got {rank}")
+    elif rank != config.rank_of(module):  # its scale would be another
+        lines.append(f"  wrong rank  {module}: adapter_config.json says {config.rank_of(module)}, got {rank}")
     return lines
 
 

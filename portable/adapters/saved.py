@@ -69,6 +69,11 @@ def saved_of(model: nnx.Module) -> list[str]:
     return list(dict.fromkeys(module.saved_name for module in _holders(model)))
 
 
+def saved_in_use(model: nnx.Module) -> bool:
+    """Returns whether a module is used as an adapter trained it."""
+    return any(module.saved_active for module in _holders(model))
+
+
 def saved_weights(model: nnx.Module, name: str) -> dict[str, Any]:
     """Returns {path: value} of what an adapter trains whole."""
     found = {}

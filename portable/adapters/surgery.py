@@ -13,10 +13,10 @@ from portable import nn
 from portable.adapters import names as weights
 from portable.adapters.chosen import Chosen
 from portable.adapters.config import AdapterConfig, DoRAConfig, ESFTConfig, LoRAConfig, S2FTConfig, ends
-from portable.adapters.kinds import Adapted, adapted_class, dense
+from portable.adapters.kinds import Adapted, adapted_class, dense, is_low_rank
 from portable.adapters.low_rank import LowRank
 from portable.adapters.matching import Target, candidates, chosen, dotted, modules
-from portable.adapters.saved import activate_saved, save_modules, saved_of
+from portable.adapters.saved import activate_saved, save_modules, saved_in_use, saved_of
 from portable.adapters.variables import AdapterParam, StoredParam
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -45,6 +45,8 @@ def apply(
       ValueError: nothing is matched, a rank is above what a matrix has, the name is taken, or a matched layer cannot
         have this adapter. The model is then as it was.
     """
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(f"apply: config must be LoRAConfig, DoRAConfig, ...; got {type(config).__name__}.")
     rngs = nnx.Rngs(0) if rngs is None else rngs
     check_name(model, name)
     with unstacked(model):
@@ -79,6 +81,8 @@ def check_name(model: nnx.Module, name: str) -> None:
     """Raises ValueError unless a new adapter can have this name."""
     if not re.fullmatch(r"[^./\s]+", name):
         raise ValueError(f"an adapter's name must have no dot, slash or space; got {name!r}.")
+    if any(layer.bank is not None for _, layer, _ in adapted_layers(model)):
+        raise ValueError("rows of this view have adapters of their own; apply another to the model it was made of.")
     if name in adapter_names(model):
         raise ValueError(
             f"the model has an adapter called {name!r} already; choose another name, or remove it first "
@@ -189,6 +193,14 @@ def refresh(model: nnx.Module, *, mesh: Any = None, rules: Any = None) -> None:
                 adapter.refresh(layer.kind.matrix(layer, slot), _shards(layer, slot, mesh, rules))
 
 
+def forget(model: nnx.Module) -> None:
+    """Drops the norms that `refresh` kept, in place: every call computes them again."""
+    for _, layer, _ in adapted_layers(model):
+        for slot in layer.kind.slots(layer):
+            if is_low_rank(layer.adapter(slot)):
+                layer.adapter(slot).norms = nnx.data(None)
+
+
 def _shards(layer: Any, slot: str, mesh: Any, rules: Any) -> int:
     if mesh is None:
         return 1
@@ -203,16 +215,19 @@ def _shards(layer: Any, slot: str, mesh: Any, rules: Any) -> int:
 def merge(model: Model) -> Model:
     """Returns a new model with the active adapter in its weights, of plain layers; the one given stays as it is.
 
-    The sum is made in float32 and rounded once to the weight's dtype.
+    The sum is made in float32 and rounded once to the weight's dtype. An embedding that a model of your own reads a
+    second time (`nnx.Embed.attend`) has the update there too once it is merged, which it had not before.
 
     Raises:
       ValueError: the embedding has an adapter and is the head too (tied by method), which the adapter does not touch;
         or no adapter is active.
     """
-    if active(model) is None and not saved_of(model):
-        raise ValueError("merge: the model has no active adapter; activate one (portable.adapters.activate).")
-    if any(layer.bank is not None for _, layer, _ in adapted_layers(model)):
+    layers = [layer for _, layer, _ in adapted_layers(model)]
+    if any(layer.bank is not None for layer in layers):
         raise ValueError("merge: rows of this view have adapters of their own; merge the model it was made of.")
+    used = any(layer.adapter(slot) is not None for layer in layers for slot in layer.kind.slots(layer))
+    if not used and not saved_in_use(model):
+        raise ValueError("merge: the model has no active adapter; activate one (portable.adapters.activate).")
     weights.check_tied(model)
     new = nnx.merge(*nnx.split(model))
     for _, layer, _ in adapted_layers(new):

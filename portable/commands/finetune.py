@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    lines = args.data.endswith(LINES)
+    lines = args.data.lower().endswith(LINES)
     foreign = [name for name in (("include", "exclude") if lines else ("skip_bad_lines",)) if getattr(args, name)]
     if foreign:
         kind = "a file of JSON lines" if lines else "text"
@@ -174,7 +174,7 @@ def _options(names: list[str]) -> str:
 def _examples(args: argparse.Namespace, tokenizer: Any, folder: Path) -> Any:
     from portable import training
 
-    if args.data.endswith(LINES):
+    if args.data.lower().endswith(LINES):
         template, skip = training.ChatTemplate.load(folder), args.skip_bad_lines
         hold_out = not args.no_held_out
         return training.read_examples(args.data, tokenizer, template=template, skip_bad_lines=skip, hold_out=hold_out)

@@ -116,6 +116,8 @@ class AdapterTask:
                 adapters.save_peft(model, folder)
         if self.merge:
             check_tied(model)
+        # Norms that were kept for the adapter as it was would be taken for those of the trained one.
+        adapters.forget(model)
         return stack(model)
 
     def optimizer(self, options: TrainOptions) -> optax.GradientTransformation:

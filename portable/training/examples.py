@@ -171,6 +171,8 @@ def _read(line: bytes, tokenizer: Tokenizer, template: ChatTemplate | None) -> t
         return "conversation", _conversation(record["messages"], tokenizer, template)
     if "prompt" in record or "response" in record:
         prompt, response = (_string(record, key) for key in ("prompt", "response"))
+        if not response:
+            raise DataError("its response is empty.")
         return "answer", [_answer(prompt, response, tokenizer)]
     if "text" in record:
         if not (data := _string(record, "text")):

@@ -188,7 +188,10 @@ def _quantised(op, w, w_scale):
     """Returns a quantised array (qwix) as integers and their scale by output channel, or as what it stands for."""
     if w_scale is not None:
         raise ValueError(f"{op}: a quantised w has its scale with it; got w_scale beside it.")
-    plain = jnp.issubdtype(w.qvalue.dtype, jnp.integer) and jnp.dtype(w.qtype) == w.qvalue.dtype
+    try:
+        plain = jnp.issubdtype(w.qvalue.dtype, jnp.integer) and jnp.dtype(w.qtype) == w.qvalue.dtype
+    except TypeError:  # codes of a table, such as nf4
+        plain = False
     if plain and w.zero_point is None and w.scale.shape == (*[1] * (w.ndim - 1), w.shape[-1]):
         return w.qvalue, w.scale.reshape(-1)
     import qwix
