@@ -64,7 +64,7 @@ def test_only_safetensors_and_json_are_downloaded(hub, tmp_path):
     (tmp_path / "model.safetensors").touch()
     hub(lambda name, **options: asked.append((name, options)) or str(tmp_path))
     assert locate("owner/name") == tmp_path
-    assert asked == [("owner/name", {"allow_patterns": ["*.safetensors", "*.json"]})]
+    assert asked == [("owner/name", {"allow_patterns": ["*.safetensors", "*.json", "*.jinja"]})]
 
 
 def test_hub_with_pickles_only(hub, tmp_path):

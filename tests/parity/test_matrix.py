@@ -174,7 +174,7 @@ def test_a_second_run_compiles_nothing(tmp_path, monkeypatch):
     "asked, sentence",
     [
         (["--target", "tpu-v99"], "there is no target called 'tpu-v99'; there are: cpu, device"),
-        (["--op", "sdd"], "there is no op called 'sdd'; there are: attention, causal_conv1d"),
+        (["--op", "sdd"], "there is no op called 'sdd'; there are: attention, block_sparse_attention, causal_conv1d"),
         (["--model", "gpt"], "there is no model called 'gpt'; there are: mamba2"),
         (["--show"], "--show needs results"),
         (["--show", "--json", "BAD"], "does not hold results of `portable parity`"),
