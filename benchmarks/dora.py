@@ -6,6 +6,7 @@ See `harness.phases` for how it measures. Memory needs no device: it is the comp
     pip install -e '.[oracles]'
     python benchmarks/dora.py                       # every phase, about half an hour on two cores
     python benchmarks/dora.py memory                # one phase; its results replace those it had
+    JAX_PLATFORMS=cuda python benchmarks/dora.py device     # a layer on the GPU at hand, beside PEFT's there
     python benchmarks/dora.py --show                # the table of the committed results
 """
 
@@ -270,6 +271,67 @@ def crowd(tokens: int, what: str, rounds: int) -> report.Row:
     return ratio(f"{what}, 20 adapters", times["several"], "one adapter", times["one"], "<=", bar)
 
 
+# Square layers as arXiv:2603.22276 times them on GPUs: width, tokens, rank.
+DEVICE_SHAPES = ((4096, 4096, 384), (8192, 4096, 384))
+
+
+def device(rounds: int) -> Iterator[list[report.Row]]:
+    """One layer on the device at hand, bfloat16, beside PEFT's in PyTorch there: inference, and value and gradients.
+
+    The goals are a GPU's; on another device the rows are shown without one.
+    """
+    import peft
+    import torch
+
+    on_gpu = jax.default_backend() == "gpu"
+    if on_gpu and not torch.cuda.is_available():
+        raise SystemExit("device: JAX has a GPU and PyTorch has none; install a PyTorch for CUDA.")
+    place = "cuda" if on_gpu else "cpu"
+    bar = 1.5 if on_gpu else None
+    for d, tokens, rank in DEVICE_SHAPES if on_gpu else ((1024, 256, 64),):
+        x, w, a, b, m = _layer(d, tokens, rank)
+        net = torch.nn.Sequential(torch.nn.Linear(d, d, bias=False, dtype=torch.bfloat16))
+        config = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["0"], use_dora=True)
+        theirs = peft.get_peft_model(net, config).to(place)
+        rows = torch.from_numpy(np.array(x, np.float32)).to(place, torch.bfloat16).requires_grad_()
+
+        def infer(theirs=theirs, rows=rows):
+            with torch.no_grad():
+                theirs(rows)
+            if on_gpu:
+                torch.cuda.synchronize()
+
+        def both(theirs=theirs, rows=rows):
+            theirs.zero_grad()
+            rows.grad = None
+            theirs(rows).sum().backward()
+            if on_gpu:
+                torch.cuda.synchronize()
+
+        def ours(x, a, b, m, w, norms=None):
+            return ops.dora_linear(x, w, a, b, m, scale=SCALE, norms=norms)
+
+        norms = ops.dora_norm(w, a, b, scale=SCALE)
+        slopes = phases.with_gradients(lambda x, a, b, m, w=w: ours(x, a, b, m, w))
+        programs = {
+            "inference": (run(ours, x, a, b, m, w, norms), infer),
+            "value and gradients": (run(slopes, x, a, b, m, jnp.ones_like(x)), both),
+        }
+        kind = jax.devices()[0].device_kind
+        for what, (mine, other) in programs.items():
+            times = take_turns({"ours": mine, "PEFT": other}, rounds)
+            name = f"{kind}: {what}, {d} x {d}, {tokens} tokens, r={rank}"
+            yield [ratio(name, times["ours"], "PEFT", times["PEFT"], ">=", bar)]
+
+
+def _layer(d: int, tokens: int, rank: int) -> list[jax.Array]:
+    """Returns x, w, a, b in bfloat16 and m in float32."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (tokens, d), (d, d), (d, rank), (rank, d)
+    x, w, a, b = (jax.random.normal(k, s, jnp.bfloat16) * s[0] ** -0.5 for k, s in zip(keys, shapes, strict=True))
+    return [x, w, a, b, jnp.linalg.norm(w.astype(jnp.float32), axis=0)]
+
+
 def training(rounds: int) -> Iterator[list[report.Row]]:
     """Losses of 2,000 steps of a small Llama from the same start and batches as PEFT's, by three seeds."""
     del rounds
@@ -341,8 +403,8 @@ def losses(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return mine, np.asarray(found)
 
 
-PHASES = {"memory": memory, "steps": steps, "inference": inference, "training": training}
+PHASES = {"memory": memory, "steps": steps, "inference": inference, "training": training, "device": device}
 
 
 if __name__ == "__main__":
-    raise SystemExit(phases.main("DoRA", __doc__, PHASES, RESULTS, rounds=9))
+    raise SystemExit(phases.main("DoRA", __doc__, PHASES, RESULTS, rounds=9, by_name=["device"]))

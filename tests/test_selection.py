@@ -109,7 +109,9 @@ def test_explain_speaks_in_sentences():
     abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ARGS]
     assert str(portable.explain("ssd", *abstract, **KWARGS)) == text
     assert "tpu   xla_lanes   keeps heads side by side" in str(portable.explain("ssd"))
-    with pytest.raises(ValueError, match="no op called 'sdd'; there are: attention, block_sparse_attention, causal_conv1d, "):
+    with pytest.raises(
+        ValueError, match="no op called 'sdd'; there are: attention, block_sparse_attention, causal_conv1d, "
+    ):
         portable.explain("sdd")
 
 

@@ -96,6 +96,49 @@ def test_every_kind_of_layer_equals_peft(method, tmp_path):
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "convolution"])
+def test_one_layer_and_its_slopes(kind, method, tmp_path):
+    torch.manual_seed(0)
+    options = METHODS[method]
+    x = torch.randint(0, 30, (4, 5)) if kind == "embedding" else torch.randn(4, 7, 24)
+    if kind == "linear":
+        base, layer = torch.nn.Linear(24, 20), nnx.Linear(24, 20, rngs=nnx.Rngs(0))
+        layer.kernel.set_value(jnp.asarray(base.weight.detach().numpy().T))
+        layer.bias.set_value(jnp.asarray(base.bias.detach().numpy()))
+    elif kind == "embedding":
+        base, layer = torch.nn.Embedding(30, 24), nnx.Embed(30, 24, rngs=nnx.Rngs(0))
+        layer.embedding.set_value(jnp.asarray(base.weight.detach().numpy()))
+    else:
+        base, layer = torch.nn.Conv1d(24, 20, 3, padding=1), nnx.Conv(24, 20, (3,), rngs=nnx.Rngs(0))
+        layer.kernel.set_value(jnp.asarray(base.weight.detach().numpy().transpose(2, 1, 0)))
+        layer.bias.set_value(jnp.asarray(base.bias.detach().numpy()))
+    theirs = peft.get_peft_model(
+        torch.nn.Sequential(base), peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["0"], **options})
+    )
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = nnx.List([layer])
+    adapters.load_peft(ours, tmp_path)
+    want = theirs(x.transpose(1, 2)).transpose(1, 2) if kind == "convolution" else theirs(x)
+    out = torch.randn(want.shape)
+    (want * out).sum().backward()
+    trained, rest = nnx.state(ours, AdapterParam, ...)
+    got, pull = jax.vjp(lambda t: nnx.merge(nnx.graphdef(ours), t, rest)[0](jnp.asarray(x.numpy())), trained)
+    assert relative(got, want.detach()) < BAR
+    found = {path[-1]: v.get_value() for path, v in nnx.to_flat_state(pull(jnp.asarray(out.numpy()))[0])}
+    slopes = {n.split(".lora_")[1]: p.grad.numpy() for n, p in theirs.named_parameters() if p.requires_grad}
+    for name, slope in slopes.items():
+        key = "magnitude" if "magnitude" in name else "ab"["B" in name]
+        if kind == "convolution" and key != "b":
+            slope = slope.transpose(2, 1, 0).reshape(-1, len(slope)) if key == "a" else slope
+        slope = slope.reshape(-1) if key == "magnitude" else slope[..., 0].T if slope.ndim == 3 else slope.T
+        if kind == "convolution" and key == "a":
+            slope = slope.T
+        assert relative(found[key], slope) < BAR, name
+
+
+@pytest.mark.oracle
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_is_pefts(dora):
     base = torch.nn.Linear(12, 10)
