@@ -97,10 +97,10 @@ def select_svg_ear(
     op = "select_svg_ear"
     if not 0 <= density <= 1:
         raise ValueError(f"{op}: density must be from 0 to 1; got {density}.")
-    sizes: dict[str, int] = {}
-    check_shape(op, "centroids of keys", keys.centroids, "b g n d", sizes)
-    check_shape(op, "k", k, "b s g d", sizes)
-    check_shape(op, "v", v, "b s g v", sizes)
+    axes: dict[str, int] = {}
+    check_shape(op, "centroids of keys", keys.centroids, "b g n d", axes)
+    check_shape(op, "k", k, "b s g d", axes)
+    check_shape(op, "v", v, "b s g v", axes)
     check_float(op, k=k, v=v)
     p, centres, counts = _shares(op, queries, keys, scale)
     h, s, d = p.shape[1], k.shape[1], k.shape[-1]
