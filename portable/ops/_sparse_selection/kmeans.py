@@ -129,7 +129,7 @@ def kmeans_assign(
     centroids = _centroids("kmeans_assign", centroids, x)
     rows, (n, d) = x.shape[:-2], x.shape[-2:]
     flat = x.reshape(-1, n, d), centroids.astype(accumulator(x)).reshape(-1, *centroids.shape[-2:])
-    found, distance = jax.lax.map(lambda xs: _streamed(*xs, _centre(xs[0])), flat)
+    found, distance = jax.lax.map(lambda xs: _streamed(xs[0], xs[1], _centre(xs[0])), flat)
     return found.reshape(*rows, n), distance.reshape(*rows, n)
 
 
