@@ -148,7 +148,7 @@ def crossover(rounds: int) -> Iterator[list[report.Row]]:
             rows[name].append(ratio(f"  {t} tokens", times[name], "attention", times["attention"], ">="))
     for name, found in rows.items():
         first = next((t for t, row in zip(LENGTHS, found, strict=True) if row.value >= 1), None)
-        text = f"from {first}" if first else "never"
+        text = f"from {first}" if first else f"beyond {LENGTHS[-1]}"
         yield [report.Row(f"{name}, forward: faster", text, "attention", "", first or 0, ">=", None, text), *found]
 
 

@@ -140,7 +140,7 @@ class Attention(Heads):
             or a concrete state is too short for what is added.
         """
         self._check(u, 3)
-        u, lengths, segment_ids, inverse = right_padded("Attention", u, lengths, mask, segment_ids)
+        u, lengths, segment_ids, inverse = right_padded(type(self).__name__, u, lengths, mask, segment_ids)
         if state is None and return_state:
             raise ValueError(
                 "Attention: return_state needs a state to write to; give state=layer.init_state(b, length)."
@@ -231,4 +231,4 @@ class Attention(Heads):
         wanted = "[b, t, d]" if rank == 3 else "[b, d]"
         if getattr(u, "ndim", None) != rank or u.shape[-1] != self.query.in_features:
             found = list(u.shape) if hasattr(u, "shape") else type(u).__name__
-            raise ValueError(f"Attention: u must be {wanted} with d={self.query.in_features}; got {found}.")
+            raise ValueError(f"{type(self).__name__}: u must be {wanted} with d={self.query.in_features}; got {found}.")

@@ -11,6 +11,8 @@ from portable import ops
 from portable.nn.heads import KERNEL_INIT
 from portable.nn.linear import linear
 from portable.nn.sparse_attention import SparseAttention, window_sums
+from portable.ops._sparse_selection.common import whole
+from portable.ops._sparse_selection.compressed import check_sizes
 
 
 class Compression(nnx.Module):
@@ -98,6 +100,12 @@ class NSA(SparseAttention):
         """
         if compression not in ("mean", "mlp"):
             raise ValueError(f'NSA: compression must be "mean" or "mlp"; got {compression!r}.')
+        name = type(self).__name__
+        for size, x in (("last", last), ("block_size", block_size)):
+            whole(name, size, x)
+        check_sizes(name, kernel, stride, block_size, top_k, initial, local)
+        if compression_width is not None:
+            whole(name, "compression_width", compression_width)
         super().__init__(d, rngs=rngs, **options)
         self.block_size, self.last, self.kernel, self.stride, self.summary = block_size, last, kernel, stride, stride
         self.choice = (("top_k", top_k), ("initial", initial), ("local", local))
@@ -172,6 +180,11 @@ class NSA(SparseAttention):
 
     def _is_dense(self, length: int) -> bool:
         return False
+
+    def _check(self, u, rank: int) -> None:
+        if not self.is_sparse:
+            raise ValueError("NSA: is_sparse must be True, as its weights are its own; got False. Use Attention.")
+        super()._check(u, rank)
 
     def _sliding(self, q, positions, k, v, laid):
         t, s = q.shape[1], k.shape[1]

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from portable.checks import check_values
+from portable.ops._arguments import check_integer, check_shape
 
 
 def right_padded(name: str, x, lengths, mask, segment_ids):
@@ -17,8 +18,11 @@ def right_padded(name: str, x, lengths, mask, segment_ids):
       segment_ids: [b, t] or None.
 
     Raises:
-      ValueError: both lengths and mask are given, or a concrete mask has holes.
+      ValueError: a shape does not fit x, both lengths and mask are given, or a concrete mask has holes.
+      TypeError: lengths or segment_ids are not integers.
     """
+    check_rows(name, x, lengths, segment_ids)
+    check_shape(name, "mask", mask, "b t", {"b": x.shape[0], "t": x.shape[1]})
     if mask is None:
         return x, lengths, segment_ids, None
     if lengths is not None:
@@ -28,6 +32,14 @@ def right_padded(name: str, x, lengths, mask, segment_ids):
     if segment_ids is not None:
         segment_ids = jnp.take_along_axis(segment_ids, indices, axis=1)
     return x, lengths, segment_ids, inverse
+
+
+def check_rows(name: str, x, lengths, segment_ids) -> None:
+    """Raises unless lengths are [b] and segment_ids [b, t] integers of x [b, t, ...]; None passes."""
+    sizes = {"b": x.shape[0], "t": x.shape[1]}
+    check_shape(name, "lengths", lengths, "b", sizes)
+    check_shape(name, "segment_ids", segment_ids, "b t", sizes)
+    check_integer(name, lengths=lengths, segment_ids=segment_ids)
 
 
 def align_left(

@@ -13,6 +13,8 @@ from portable.nn.cache import extend
 from portable.nn.conv import CausalConv1d
 from portable.nn.packed import Documents, documents
 from portable.nn.padding import right_padded
+from portable.ops._sparse_selection.common import whole
+from portable.ops._sparse_selection.compressed import blocks_of, check_sizes
 
 
 class SparseState(NamedTuple):
@@ -53,9 +55,9 @@ class SparseAttention(Attention):
         name = type(self).__name__
         if given := [option for option in self._refused if option in options]:
             raise ValueError(f"{name}: {given[0]} is not an option of attention to selected blocks; leave it out.")
+        if max_segments is not None:
+            whole(name, "max_segments", max_segments)
         super().__init__(d, rngs=rngs, **options)
-        if max_segments is not None and max_segments < 1:
-            raise ValueError(f"{name}: max_segments must be at least 1; got {max_segments}.")
         self.is_sparse, self.max_segments = True, max_segments
 
     def __call__(
@@ -216,6 +218,8 @@ class MoBA(SparseAttention):
         Raises:
           ValueError: as of `Attention`, or an option is refused.
         """
+        for size, x, least in (("block_size", block_size, 1), ("top_k", top_k, 1), ("key_taps", key_taps, 0)):
+            whole(type(self).__name__, size, x, least)
         super().__init__(d, rngs=rngs, **options)
         self.block_size = self.summary = block_size
         self.top_k = top_k
@@ -282,6 +286,11 @@ class InfLLMv2Attention(SparseAttention):
         Raises:
           ValueError: as of `Attention`, or an option is refused.
         """
+        name = type(self).__name__
+        for size, x, least in (("block_size", block_size, 1), ("dense_below", dense_below, 0)):
+            whole(name, size, x, least)
+        local = blocks_of(name, "local_window", local_window, block_size)
+        check_sizes(name, kernel, stride, block_size, top_k, initial, local)
         super().__init__(d, rngs=rngs, **options)
         self.block_size, self.dense_below, self.summary = block_size, dense_below, stride
         self.kernel, self.stride = kernel, stride

@@ -11,7 +11,10 @@ from portable import ops
 from portable.nn.cache import extend
 from portable.nn.heads import KERNEL_INIT
 from portable.nn.linear import linear
+from portable.nn.padding import check_rows
 from portable.nn.rotary import Rotary, rotary
+from portable.ops._arguments import check_shape
+from portable.ops._sparse_selection.common import whole
 
 
 class IndexerState(NamedTuple):
@@ -70,7 +73,17 @@ class SparseIndexer(nnx.Module):
         dtype: of activations and matrix products; scores are float32.
         param_dtype: dtype of the Params.
         rngs: source of the initial Params.
+
+        Raises:
+          ValueError: a size is out of range.
+          TypeError: a size is no integer.
         """
+        name = type(self).__name__
+        for size, x in (("num_heads", num_heads), ("head_dim", head_dim), ("top_k", top_k)):
+            whole(name, size, x)
+        if block_size is not None:
+            whole(name, "block_size", block_size)
+            whole(name, "blocks", blocks, 2)
         self.num_heads, self.head_dim, self.top_k, self.rope, self.dtype = num_heads, head_dim, top_k, rope, dtype
         self.block_size, self.blocks = block_size, blocks
         options = {"kernel_init": kernel_init, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -114,6 +127,9 @@ class SparseIndexer(nnx.Module):
         if getattr(u, "ndim", None) != 3 or u.shape[-1] != self.key.in_features:
             found = list(u.shape) if hasattr(u, "shape") else type(u).__name__
             raise ValueError(f"SparseIndexer: u must be [b, t, d] with d={self.key.in_features}; got {found}.")
+        check_rows("SparseIndexer", u, lengths, segment_ids)
+        check_shape("SparseIndexer", "queries", queries, "b t q",
+                    {"b": u.shape[0], "t": u.shape[1], "q": self.query.in_features})  # fmt: skip
         (b, t), count = u.shape[:2], jnp.arange(u.shape[1], dtype=jnp.int32)
         added = jnp.full((b,), t) if lengths is None else lengths
         before = jnp.zeros((b,), jnp.int32) if state is None else state.length

@@ -176,6 +176,7 @@ WRONG = {
     "array of scales": ({}, {"scale": np.ones(2)}, TypeError, "scale must be a number; got ndarray"),
     "positions": ({}, {"q_positions": np.arange(7)}, ValueError, r"q_positions must be \[t\] with t=8"),
     "float positions": ({}, {"kv_positions": np.ones(8)}, TypeError, "kv_positions must be integers"),
+    "no width": ({"q": (1, 8, 4, 0), "k": (1, 8, 2, 0)}, {}, ValueError, "heads must be at least 1 wide; got k=0, v=8"),
     "segments": ({"k": (1, 9, 2, 8), "v": (1, 9, 2, 8)}, {"segment_ids": np.ones((1, 8), int)}, ValueError, "a pair"),
 }
 
@@ -190,6 +191,13 @@ def test_errors_say_what_is_wrong(fault):
     with pytest.raises(kind, match=sentence) as caught:
         block_sparse_attention(*args, **PLAIN | options)
     assert str(caught.value).startswith("block_sparse_attention: ")
+
+
+def test_numbers_of_numpy_are_numbers():
+    args, kwargs = CASES["plain"](0)
+    want = block_sparse_attention(*args, **kwargs | {"scale": float(np.float32(0.3))})
+    got = block_sparse_attention(*args, **kwargs | {"scale": np.float32(0.3), "is_causal": np.True_})
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_dtypes_are_checked():

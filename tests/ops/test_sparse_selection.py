@@ -234,6 +234,10 @@ def test_choices_have_no_gradient(seed):
 
 
 Q, K = jnp.zeros((1, 8, 4, 8)), jnp.zeros((1, 8, 2, 8))
+MANY, FEW = (
+    ops.KMeans(jnp.zeros((1, h, 2, 8)), jnp.zeros((1, h, 8), int), jnp.full((1, h, 2), 4), None) for h in (4, 2)
+)
+LISTS = jnp.zeros((1, 4, 2, 1), int)
 FAULTS = {
     "no blocks": (ops.select_moba, (Q, K), {"block_k": 4, "top_k": 0}, ValueError, "top_k must be at least 1; got 0"),
     "half a block": (ops.select_moba, (Q, K), {"block_k": 2.5, "top_k": 1}, TypeError, "block_k must be an integer"),
@@ -252,6 +256,23 @@ FAULTS = {
     "no cluster": (ops.kmeans, (Q[0, :, 0], 0), {}, ValueError, "clusters must be at least 1; got 0"),
     "other centroids": (ops.kmeans, (Q[0, :, 0], 2), {"centroids": Q[0, :3, 0]}, ValueError, "clusters=2"),
     "width": (ops.kmeans_assign, (Q[0, :, 0], Q[0, :2, 0, :5]), {}, ValueError, "rows and d of x"),
+    "no points": (ops.kmeans_assign, (Q[0, :0, 0], Q[0, :2, 0]), {}, ValueError, "x must have a point and a channel"),
+    "no channels": (ops.kmeans, (Q[0, :, 0, :0], 2), {}, ValueError, r"a channel at least; got shape \[8, 0\]"),
+    "no kernel": (ops.select_infllm, (Q, K), {"kernel": 0}, ValueError, "kernel must be at least 1; got 0"),
+    "no stride": (ops.select_infllm, (Q, K), {"stride": 0}, ValueError, "stride must be at least 1; got 0"),
+    "no keys of a block": (ops.select_infllm, (Q, K), {"block_k": 0}, ValueError, "block_k must be at least 1; got 0"),
+    "window behind": (ops.select_infllm, (Q, K), {"window": -64}, ValueError, "window must be at least 0; got -64"),
+    "float window": (ops.select_infllm, (Q, K), {"window": 64.0}, TypeError, "window must be an integer; got float"),
+    "a list": (ops.select_infllm, ([[1.0]], K), {}, TypeError, "q must be an array; got list"),
+    "other keys": (ops.select_infllm, (Q, K[..., :5]), {}, ValueError, r"k must be \[b, s, g, d\] with d=8"),
+    "more clusters than keys": (ops.squeeze, (K, 9), {}, ValueError, "clusters must be at most the .*; got 9 for s=8"),
+    "k": (ops.select_svg_ear, (MANY, FEW, K[..., :5], K), {}, ValueError, r"k must be \[b, s, g, d\] with d=8"),
+    "v": (ops.select_svg_ear, (MANY, FEW, K, K[:, :5]), {}, ValueError, r"v must be \[b, s, g, v\] with s=8"),
+    "no scale": (
+        ops.clustered_attention, (Q, K, K, MANY, FEW, LISTS), {"scale": 0.0, "compensate": True}, ValueError,
+        "scale must not be 0 with compensate; got 0.0"),
+    "float lists": (
+        ops.clustered_attention, (Q, K, K, MANY, FEW, LISTS / 1), {}, TypeError, "chosen must be integers"),
     "nan": (ops.kmeans, (Q[0, :, 0].at[1].set(np.nan), 2), {}, ValueError, "points must be finite"),
 }  # fmt: skip
 
@@ -292,6 +313,19 @@ def test_kmeans_is_lloyds(rows, seed):
         nearest, distance = ops.kmeans_assign(x[at], found.centroids[at])
         np.testing.assert_array_equal(nearest, of)
         assert distance.sum() == pytest.approx(inertia, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_point_that_is_not_finite_spoils_no_other(value, seed):
+    (x,) = drawn(seed, (50, 3))
+    call = jax.jit(lambda x, c: ops.kmeans(x, 4, centroids=c))
+    want, found = call(x[1:], x[1:5]), call(jnp.asarray(x).at[0].set(value), x[1:5])
+    assert relative(found.centroids, want.centroids) <= 1e-5
+    np.testing.assert_array_equal(found.assignments[1:], want.assignments)
+    assert 0 <= found.assignments[0] < 4
+    nearest, _ = jax.jit(ops.kmeans_assign)(jnp.asarray(x).at[0].set(value), want.centroids)
+    np.testing.assert_array_equal(nearest[1:], want.assignments)
+    assert 0 <= nearest[0] < 4
 
 
 def test_kmeans_equals_scikit_learn(seed):

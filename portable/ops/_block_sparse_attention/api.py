@@ -1,10 +1,12 @@
 """The contract of `block_sparse_attention`: checks and preparation. No algorithm."""
 
 import math
+import numbers
 import operator
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from portable import selection
@@ -137,6 +139,8 @@ def prepare(
     check_shape(OP, "q", q, "b t h k", sizes)
     check_shape(OP, "k", k, "b s g k", sizes)
     check_shape(OP, "v", v, "b s g v", sizes)
+    if 0 in (sizes["k"], sizes["v"]):
+        raise ValueError(f"{OP}: heads must be at least 1 wide; got k={sizes['k']}, v={sizes['v']}.")
     check_groups(OP, sizes["h"], sizes["g"], "k and v must be [b, s, g, ...]")
     check_array(OP, block_indices=block_indices)
     block_q, block_k = (_size(name, x) for name, x in (("block_q", block_q), ("block_k", block_k)))
@@ -152,9 +156,9 @@ def prepare(
     kv_positions = check_positions(OP, "kv_positions", kv_positions, "s", sizes)
     check_float(OP, q=q, k=k, v=v)
     check_integer(OP, block_indices=block_indices)
-    if not isinstance(is_causal, bool):
+    if not isinstance(is_causal, (bool, np.bool_)):
         raise TypeError(f"{OP}: is_causal must be True or False; got {type(is_causal).__name__}.")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real)):
         raise TypeError(f"{OP}: scale must be a number; got {type(scale).__name__}. Multiply q by an array instead.")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"{OP}: scale must be finite; got {scale}.")
@@ -170,8 +174,8 @@ def prepare(
     dtype = wide if wide == jnp.float64 else common  # one argument in float64 takes all there
     given = (*(x.astype(dtype) for x in (q, k, v)), block_indices.astype(jnp.int32))
     arrays = vary_together(*given, q_positions, kv_positions, q_segments, kv_segments)
-    options: dict[str, Any] = {"block_q": block_q, "block_k": block_k, "is_causal": is_causal}
-    return arrays, options | {"scale": float(max(1, sizes["k"]) ** -0.5 if scale is None else scale)}
+    options: dict[str, Any] = {"block_q": block_q, "block_k": block_k, "is_causal": bool(is_causal)}
+    return arrays, options | {"scale": float(sizes["k"] ** -0.5 if scale is None else scale)}
 
 
 def _size(name: str, x: Any) -> int:

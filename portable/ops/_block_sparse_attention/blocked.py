@@ -103,13 +103,14 @@ def _axes(a: Arrays, s: Blocks, is_causal: bool, more: int, wider: int):
     keys = jnp.arange(s.s, dtype=jnp.int32)[None] if a.kv_positions is None or not is_causal else a.kv_positions
     if is_causal:
         own = jnp.arange(s.t, dtype=jnp.int32)[None] if a.q_positions is None else a.q_positions
-        ends = own + 1
+        ends = jnp.minimum(own, NOWHERE - 1) + 1  # own + 1 may be too large for int32
     else:
         ends = jnp.full((1, s.t), s.s, jnp.int32)
     firsts, ends, places = [jnp.full_like(ends, least)], [ends], [keys]
     if a.q_segments is not None:
-        firsts, ends = [*firsts, a.q_segments], [*ends, a.q_segments + 1]
-        places = [*places, a.kv_segments]
+        # An interval has an end behind it: the two highest numbers are one segment.
+        asked, held = (jnp.minimum(x.astype(jnp.int32), NOWHERE - 1) for x in (a.q_segments, a.kv_segments))
+        firsts, ends, places = [*firsts, asked], [*ends, asked + 1], [*places, held]
 
     def cut(xs, block: int, count: int, fill: int):
         xs = jnp.stack(jnp.broadcast_arrays(*(x.astype(jnp.int32) for x in xs)), 1)

@@ -25,12 +25,14 @@ def _case(
 
     Lists are random: blocks come twice, behind the query and not at all (a share of `empty` is padding, the whole list
     of the last block too). With `permuted` the keys and queries of each row are in random order, and have positions;
-    with `segments` there are some; with `decoder` the queries are the last positions.
+    with `segments` there are some; with `decoder` the queries are the last positions; with `far`
+    every third query stands at the end of what an int32 counts.
     """
     s, g, h_sel = t if s is None else s, g or h, lists or h
     block_q, block_k = blocks
     options = {"block_q": block_q, "block_k": block_k, "is_causal": True, "return_lse": True} | more
-    permuted, segments, decoder = (options.pop(name, False) for name in ("permuted", "segments", "decoder"))
+    names = "permuted", "segments", "decoder", "far"
+    permuted, segments, decoder, far = (options.pop(name, False) for name in names)
 
     def make(seed: int = 0):
         keys = jax.random.split(jax.random.key(seed), 8)
@@ -53,6 +55,9 @@ def _case(
             kwargs["segment_ids"] = ids[0] if t == s else tuple(ids)
         if decoder:
             kwargs["q_positions"] = s - t - jnp.arange(b)[:, None] + jnp.arange(t)
+        if far:
+            place = jnp.arange(t, dtype=jnp.int32)
+            kwargs["q_positions"] = jnp.where(place % 3, place, 2**31 - 1)
         return (*(x.astype(dtype) for x in args), chosen), kwargs
 
     return make
@@ -82,6 +87,9 @@ STAGES = {
         "nothing_selected": _case(1, 20, 1, 8, n=2, empty=1.0),
         "no_room": _case(1, 20, 2, 8, n=0),
         "no_keys": _case(1, 5, 2, 8, n=2, s=0, is_causal=False),
+        "no_keys_for_tokens": _case(1, 32, 2, 8, n=2, s=0, blocks=(1, 16), is_causal=False),
+        "far_positions": _case(1, 48, 2, 8, n=2, far=True),
+        "far_tokens": _case(1, 48, 2, 8, n=2, blocks=(1, 16), far=True),
         "empty": _case(2, 0, 2, 8, n=2),
     },
 }

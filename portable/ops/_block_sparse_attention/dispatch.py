@@ -87,10 +87,13 @@ def form(setting: Setting) -> Impl:
 
 
 def _why_not(setting: Setting, *arrays, block_q: int, block_k: int, **options) -> str | None:
-    s = Blocks.of(Arrays(*arrays), block_q, block_k)
+    a = Arrays(*arrays)
+    s = Blocks.of(a, block_q, block_k)
+    if min(s.b, s.t, s.s, s.h, s.n) == 0:
+        return f"it needs a block and a query for it; got q {list(a.q.shape)}, k {list(a.k.shape)}, room for {s.n}."
     if s.rows > setting.few:
         return f"it pays where at most {setting.few} queries share a list; got {s.rows}."
-    crowd = s.t * s.rows // s.block_q * s.n // max(1, s.nk)
+    crowd = s.t * s.rows // s.block_q * s.n // s.nk
     if crowd < setting.crowd or block_k < 16:
         return (
             f"it pays where a block of at least 16 keys is selected by at least {setting.crowd} queries; got "

@@ -58,7 +58,7 @@ class _Call:
         limit = jnp.full((s.b, s.t), s.s, jnp.int32)
         if is_causal and a.kv_positions is None:
             own = jnp.arange(s.t, dtype=jnp.int32) if a.q_positions is None else a.q_positions
-            limit = jnp.minimum(limit, own + 1)
+            limit = jnp.minimum(limit, jnp.minimum(own, s.s - 1) + 1)  # own + 1 may be too large for int32
         by_query = {"limit": limit, "segment": a.q_segments}
         by_key: dict[str, Any] = {"segment": a.kv_segments}
         if is_causal and a.kv_positions is not None:

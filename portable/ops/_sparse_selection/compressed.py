@@ -135,12 +135,15 @@ def select_infllm(
     op = "select_infllm"
     if (k is None) == (means is None):
         raise ValueError(f"{op}: give k or the means of its kernels; got {'neither' if k is None else 'both'}.")
-    if window % max(1, block_k):
-        raise ValueError(f"{op}: window must be a multiple of block_k; got {window} and {block_k}.")
+    sizes: dict[str, int] = {}
+    check_shape(op, "q", q, "b t h d", sizes)
+    check_shape(op, "k", k, "b s g d", sizes)
+    check_float(op, q=q, k=k)
+    local = blocks_of(op, "window", window, block_k)
+    check_sizes(op, kernel, stride, block_k, top_k, initial, local)
     if k is not None:
-        check_shape(op, "k", k, "b s g d", {"b": q.shape[0]})
         means, s = block_means(jax.lax.stop_gradient(k), kernel, stride=stride), k.shape[1]
-    local, compressed = window // block_k, jnp.asarray(means)
+    compressed = jnp.asarray(means)
     g, blocks, scale = _check(op, q, compressed, s, kernel, stride, block_k, top_k, initial, local, scale)
     b, t = q.shape[:2]
     at, begin = positions(op, q_positions, b, t), beginnings(op, starts, b, t, block_k)
@@ -164,6 +167,22 @@ def _check(op, q, compressed, s, kernel, stride, block_k, top_k, initial, local,
     check_shape(op, "compressed keys", compressed, "b c g d", sizes)
     check_groups(op, sizes["h"], sizes["g"], "keys must be [b, s, g, d]")
     check_float(op, q=q, compressed=compressed)
+    check_sizes(op, kernel, stride, block_k, top_k, initial, local)
+    covered = (sizes["c"] - 1) * stride + kernel if sizes["c"] else 0
+    s = covered if s is None else whole(op, "s", s, 0)
+    return sizes["g"], -(-s // block_k), (max(1, sizes["d"]) ** -0.5 if scale is None else scale)
+
+
+def blocks_of(op: str, name: str, tokens, block_k) -> int:
+    """Returns the blocks of a window, which must be whole ones."""
+    tokens, block_k = whole(op, name, tokens, 0), whole(op, "block_k", block_k)
+    if tokens % block_k:
+        raise ValueError(f"{op}: {name} must be a multiple of block_k; got {tokens} and {block_k}.")
+    return tokens // block_k
+
+
+def check_sizes(op: str, kernel, stride, block_k, top_k, initial, local) -> None:
+    """Raises unless the sizes are numbers of tokens and blocks that go together."""
     for name, x in (("kernel", kernel), ("stride", stride), ("block_k", block_k), ("top_k", top_k)):
         whole(op, name, x)
     for name, x in (("initial", initial), ("local", local)):
@@ -177,9 +196,6 @@ def _check(op, q, compressed, s, kernel, stride, block_k, top_k, initial, local,
             f"{op}: top_k must hold the blocks that are always chosen; got top_k={top_k} for {initial} at the start "
             f"and {local} up to the query."
         )
-    covered = (sizes["c"] - 1) * stride + kernel if sizes["c"] else 0
-    s = covered if s is None else whole(op, "s", s, 0)
-    return sizes["g"], -(-s // block_k), (max(1, sizes["d"]) ** -0.5 if scale is None else scale)
 
 
 def _shares(kernels: int, blocks: int, kernel: int, stride: int, block_k: int):

@@ -42,7 +42,7 @@ def kmeans(
     Starts from given centroids (those of a step before, to go on from) or from points drawn without repetition. A
     cluster without points keeps its centroid. The assignments are those to the centroids that are returned. Memory is
     that of a few points' distances; sums are float32 (float64 if x is). For the cosine, give points of length 1.
-    No gradient passes through it.
+    No gradient passes through it. Under jit, points that are not finite count in no mean: no other point suffers.
 
     Args:
       x: [*rows, n, d] points; each row is clustered by itself.
@@ -86,7 +86,7 @@ def kmeans(
     flat, start = x.reshape(-1, n, d), centroids.astype(wide).reshape(-1, clusters, d)
 
     def one(points, start):
-        centre = points.astype(wide).mean(0)
+        centre = _centre(points)
 
         def iterate(_, centroids):
             sums, counts = _streamed(points, centroids, centre, keep=True)
@@ -129,7 +129,7 @@ def kmeans_assign(
     centroids = _centroids("kmeans_assign", centroids, x)
     rows, (n, d) = x.shape[:-2], x.shape[-2:]
     flat = x.reshape(-1, n, d), centroids.astype(accumulator(x)).reshape(-1, *centroids.shape[-2:])
-    found, distance = jax.lax.map(lambda xs: _streamed(xs[0], xs[1], xs[0].astype(accumulator(x)).mean(0)), flat)
+    found, distance = jax.lax.map(lambda xs: _streamed(xs[0], xs[1], _centre(xs[0])), flat)
     return found.reshape(*rows, n), distance.reshape(*rows, n)
 
 
@@ -138,6 +138,8 @@ def _points(op: str, x):
     if x.ndim < 2:
         raise ValueError(f"{op}: x must be [*rows, n, d]; got shape {list(x.shape)}.")
     check_float(op, x=x)
+    if 0 in x.shape[-2:]:
+        raise ValueError(f"{op}: x must have a point and a channel at least; got shape {list(x.shape)}.")
     finite = lambda a: abs(a) < float("inf")  # noqa: E731 - for numpy and jax alike; NaN is not
     check_values(finite, f"{op}: points must be finite; got NaN or infinity. A mean of such points is none.", x)
     return jax.lax.stop_gradient(x)
@@ -153,6 +155,13 @@ def _centroids(op: str, centroids, x):
             f"{list(centroids.shape)}."
         )
     return jax.lax.stop_gradient(centroids)
+
+
+def _centre(x):
+    """Returns the mean [d] of the points [n, d] that are finite."""
+    x = x.astype(accumulator(x))
+    finite = jnp.isfinite(x).all(-1, keepdims=True)
+    return jnp.where(finite, x, 0).sum(0) / jnp.maximum(finite.sum(), 1)
 
 
 def _streamed(x, centroids, centre, keep: bool = False):
@@ -173,11 +182,12 @@ def _streamed(x, centroids, centre, keep: bool = False):
         points = jax.lax.dynamic_slice_in_dim(x, start, size).astype(wide) - centre
         # Half the squared distance, less what a point's distances have in common.
         apart = half - jnp.einsum("nd,cd->nc", points, centroids, precision=jax.lax.Precision.HIGHEST)
+        apart = jnp.where(jnp.isnan(apart), jnp.inf, apart)  # a centroid that is NaN is never the nearest
         least = apart.min(-1)
         nearest = jnp.where(apart == least[:, None], number, clusters).min(-1)
         if keep:
             sums, counts = carry
-            fresh = start + jnp.arange(size) >= i * size
+            fresh = (start + jnp.arange(size) >= i * size) & jnp.isfinite(points).all(-1)
             at = jnp.where(fresh, nearest, clusters)
             return (sums.at[at].add(points, mode="drop"), counts.at[at].add(1, mode="drop")), None
         distance = jnp.maximum(0, 2 * least + jnp.einsum("nd,nd->n", points, points))

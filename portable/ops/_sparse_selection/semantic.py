@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from portable.ops._arguments import accumulator, check_float, check_groups, check_shape, vary_together
+from portable.ops._arguments import accumulator, check_float, check_groups, check_integer, check_shape, vary_together
 from portable.ops._attention.merge import merge_attentions
 from portable.ops._block_sparse_attention.api import block_sparse_attention
 from portable.ops._sparse_selection.common import held, whole
@@ -97,6 +97,11 @@ def select_svg_ear(
     op = "select_svg_ear"
     if not 0 <= density <= 1:
         raise ValueError(f"{op}: density must be from 0 to 1; got {density}.")
+    axes: dict[str, int] = {}
+    check_shape(op, "centroids of keys", keys.centroids, "b g n d", axes)
+    check_shape(op, "k", k, "b s g d", axes)
+    check_shape(op, "v", v, "b s g v", axes)
+    check_float(op, k=k, v=v)
     p, centres, counts = _shares(op, queries, keys, scale)
     h, s, d = p.shape[1], k.shape[1], k.shape[-1]
     groups = counts.shape[-1]
@@ -185,6 +190,9 @@ def clustered_attention(
     check_shape(op, "assignments of queries", queries.assignments, "b h t", sizes)
     check_shape(op, "assignments of keys", keys.assignments, "b g s", sizes)
     check_shape(op, "chosen", chosen, "b h m n", sizes)
+    check_integer(op, chosen=chosen)
+    if compensate and scale == 0:
+        raise ValueError(f"{op}: scale must not be 0 with compensate; got {scale}. Give q of zeros instead.")
     block_q, block_k = (whole(op, name, x) for name, x in (("block_q", block_q), ("block_k", block_k)))
     b, h, g, m = (sizes[x] for x in ("b", "h", "g", "m"))
     r, groups = h // g, keys.centroids.shape[-2]

@@ -67,7 +67,9 @@ def squeeze(
     op = "squeeze"
     check_shape(op, "k", k, "b s g d", {})
     check_float(op, k=k)
-    clusters = whole(op, "clusters", clusters)
+    clusters, iterations = whole(op, "clusters", clusters), whole(op, "iterations", iterations, 0)
+    if clusters > k.shape[1]:
+        raise ValueError(f"{op}: clusters must be at most the number of keys; got {clusters} for s={k.shape[1]}.")
     if coarse is not None and whole(op, "coarse", coarse) > clusters:
         raise ValueError(f"{op}: coarse must be at most clusters; got {coarse} for {clusters}.")
     wide = accumulator(k)
