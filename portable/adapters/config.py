@@ -28,7 +28,8 @@ class AdapterConfig:
         "all-linear" for every linear layer but those into a vocabulary.
       exclude_modules: the same, of names that get none. modules_to_save: ends of names of modules that are trained
         whole, beside the adapter.
-      layers_to_transform: numbers of layers, the first number in a name, to which a list of targets is limited.
+      layers_to_transform: numbers of layers, the first number in a name, to which a list of targets, or all-linear, is
+        limited.
       layers_pattern: the name in front of that number, or several; None for any.
       adapter_dtype: of what is trained.
     """
@@ -51,7 +52,8 @@ class AdapterConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value != "all-linear":
                 _check_pattern(type(self).__name__, name, value)
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if expression and self.layers_to_transform is not None:
             raise ConfigError(
                 f"{type(self).__name__}: layers_to_transform goes with a list of target_modules; got the expression "
                 f"{self.target_modules!r}, which can name the layers itself."

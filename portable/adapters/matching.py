@@ -138,10 +138,11 @@ def _matched(config: AdapterConfig, entry: Any, targets: Sequence[Target]) -> li
 def _matches(config: AdapterConfig, entry: Any, name: str, target: Target) -> bool:
     if entry == "all-linear":
         linear = isinstance(target.layer, nnx.Linear | nnx.LinearGeneral | nnx.Einsum)
-        return linear and "vocab" not in getattr(target.layer, target.slot).get_metadata().get("axes", ())[-1:]
-    if not _named(entry, name):
+        if not linear or "vocab" in getattr(target.layer, target.slot).get_metadata().get("axes", ())[-1:]:
+            return False
+    elif not _named(entry, name):
         return False
-    if config.layers_to_transform is None or isinstance(entry, str):
+    if config.layers_to_transform is None:  # which an expression does not go with
         return True
     wanted = config.layers_to_transform
     patterns = config.layers_pattern

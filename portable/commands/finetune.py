@@ -34,13 +34,19 @@ reads too (`portable generate MODEL --adapter DIR/adapter` uses it); with --merg
 DEFAULTS: dict[str, Any] = {"learning_rate": 2e-4, "weight_decay": 0.0}
 _KINDS = ("dora", "lora", "s2ft", "esft")
 # Which options of an adapter each kind has, beside those that all have.
-_LOW_RANK = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dropout", "dropout_mode", "lora_plus")
-_OWN = {"dora": _LOW_RANK, "lora": _LOW_RANK, "s2ft": ("channels", "side"), "esft": ("experts",)}
+_LOW_RANK = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dropout", "dropout_mode", "lora_plus", "init")
+_OWN = {
+    "dora": (*_LOW_RANK, "norm", "no_detach"),
+    "lora": _LOW_RANK,
+    "s2ft": ("channels", "side"),
+    "esft": ("experts",),
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    from portable.ops._dora_linear.api import DROPOUTS
+    from portable.adapters.config import INITS
+    from portable.ops._dora_linear.api import DROPOUTS, NORMS
 
     parser.epilog = EXAMPLES
     parser.add_argument("model", metavar="MODEL", help=_models.HELP)
@@ -69,6 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="the same, of names that are left out")
     group.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules that are trained whole")
     group.add_argument("--layers-to-transform", nargs="+", type=int, metavar="N", help="only layers of these numbers")
+    group.add_argument("--layers-pattern", nargs="+", metavar="NAME", help="the name in front of those numbers")
     group.add_argument("--rank", type=int, metavar="N", help="of dora and lora (default 16)")
     group.add_argument(
         "--alpha", type=float, metavar="X", help="the update counts alpha / rank (default twice the rank)"
@@ -81,6 +88,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dropout-mode", choices=DROPOUTS, help="of dora: as PEFT, or of the update alone, which is cheap"
     )
+    group.add_argument("--init", choices=INITS, help="how A and B are drawn (default peft)")
+    group.add_argument("--norm", choices=NORMS, help="of dora: form of the norms (default auto)")
+    group.add_argument("--no-detach", action="store_true", help="of dora: the norms are differentiated too")
     group.add_argument("--lora-plus", type=float, metavar="RATIO", help="B learns this much faster (LoRA+; try 16)")
     group.add_argument("--channels", type=int, metavar="N", help="of s2ft: channels of each matrix (default 8)")
     group.add_argument("--side", choices=("in", "out"), help="of s2ft: which channels (default in)")
@@ -199,6 +209,7 @@ def _config(args: argparse.Namespace, model: Any) -> Any:
         # A choice of one's own replaces what is left out by default.
         where["exclude_modules"] = _names(args.exclude_modules)
     where |= {"modules_to_save": args.modules_to_save, "layers_to_transform": args.layers_to_transform}
+    where["layers_pattern"] = args.layers_pattern
     if args.adapter == "s2ft":
         return adapters.S2FTConfig(
             channels=8 if args.channels is None else args.channels, side=args.side or "in", **where
@@ -206,6 +217,7 @@ def _config(args: argparse.Namespace, model: Any) -> Any:
     if args.adapter == "esft":
         return adapters.ESFTConfig(experts=args.experts, **where)
     make = adapters.DoRAConfig if args.adapter == "dora" else adapters.LoRAConfig
+    own = {"norm": args.norm or "auto", "detach": not args.no_detach} if args.adapter == "dora" else {}
     return make(
         rank=rank,
         alpha=2 * rank if args.alpha is None else args.alpha,
@@ -214,6 +226,8 @@ def _config(args: argparse.Namespace, model: Any) -> Any:
         alpha_pattern=_pattern(args.alpha_pattern, float),
         dropout=args.dropout or 0.0,
         dropout_mode=args.dropout_mode or "peft",
+        init=args.init or "peft",
+        **own,
         **where,
     )
 

@@ -173,3 +173,13 @@ def test_codes_of_a_table():
     x, a, b = jax.random.normal(jax.random.key(1), (4, 64)), jnp.ones((64, 2)) / 64, jnp.ones((2, 8))
     want = x @ qwix.dequantize(quantised) + (x @ a) @ b
     np.testing.assert_allclose(ops.lora_linear(x, quantised, a, b), want, rtol=1e-5, atol=1e-5)
+
+
+def test_all_linear_in_some_layers():
+    class Inside(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Dict({"fc": nnx.Linear(4, 4, rngs=nnx.Rngs(i))}) for i in range(3)])
+            self.out = nnx.Linear(4, 4, rngs=nnx.Rngs(3))
+
+    config = LoRAConfig(rank=2, target_modules="all-linear", layers_to_transform=[0, 2])
+    assert adapters.apply(Inside(), config) == ["layers.0.fc", "layers.2.fc"]
